@@ -1,0 +1,1 @@
+"""The method, on torch alone: triplets, importance, orthogonality, schedule, policy, allocator."""

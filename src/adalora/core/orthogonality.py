@@ -1,0 +1,62 @@
+"""The regulariser that keeps P and Q close to orthonormal (paper, equation 4), with its gradient in closed form.
+
+    R(P, Q) = ‖PᵀP - I‖_F² + ‖QQᵀ - I‖_F²             ∂R/∂P = 4 P (PᵀP - I)
+
+Every function takes a stack of factors X of one shape, [m, r, d], whose *rows* are the singular vectors: Q as it is, P
+transposed. So ‖XXᵀ - I‖ covers both, and a model needs one call for each distinct shape, not one a matrix.
+
+``squared`` is the paper's sum of squared norms over all factors; ``frobenius`` the mean of plain norms, as in the
+authors' code and in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .triplets import Triplets
+
+Orthogonality = Literal["squared", "frobenius"]
+KINDS: tuple[str, ...] = ("squared", "frobenius")
+
+
+def deviation(x: Tensor) -> Tensor:
+    """XXᵀ - I: [m, r, d] -> [m, r, r]."""
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    return x @ x.mT - identity
+
+
+def gradient(x: Tensor, kind: Orthogonality, factors: int) -> Tensor:
+    """∂R/∂X for a stack of factors, [m, r, d] -> [m, r, d].
+
+    Args:
+        factors: number of factors (two a matrix) in the whole model; ``frobenius`` is a mean over them.
+    """
+    off = deviation(x)
+    if kind == "squared":
+        return 4 * (off @ x)
+    norm = _norms(off).clamp_min(torch.finfo(x.dtype).tiny)  # 0/0 at an exactly orthonormal factor
+    return (2 / factors / norm).view(-1, 1, 1) * (off @ x)
+
+
+def errors(x: Tensor) -> Tensor:
+    """‖XXᵀ - I‖_F of each factor: [m, r, d] -> [m]."""
+    return _norms(deviation(x))
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1))
+
+
+def penalty(triplets: Iterable[Triplets], kind: Orthogonality = "squared") -> Tensor:
+    """R over all matrices as a differentiable scalar: to log, or to add to a loss by hand (with orth_reg_weight=0)."""
+    norms = [
+        deviation(rows.unsqueeze(0)).square().sum() for t in triplets for rows in (t.p.mT, t.q) if rows.shape[0] > 0
+    ]
+    if not norms:
+        return torch.zeros(())
+    squared = torch.stack(norms)
+    return squared.sum() if kind == "squared" else squared.sqrt().mean()

@@ -1,0 +1,152 @@
+"""How many triplets may live at each optimizer step (paper, section 3.3, equation 12).
+
+Letters: t step (1 is the first optimizer step), T total steps, t_init warm-up, t_final final phase, ΔT steps between
+allocations, b0 initial and bT target budget (triplets of all matrices together).
+
+    b(t) = b0                                                      t <= t_init
+    b(t) = bT + (b0 - bT)·(1 - (t - t_init)/(T - t_init - t_final))³   in between
+    b(t) = bT                                                      t > T - t_final
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from .errors import ConfigError, ScheduleError
+
+Span: TypeAlias = int | float | str
+"""A length of training: steps (int), a fraction of all steps (float below 1), or epochs (``"2 epochs"``)."""
+
+CURVES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda remaining: remaining**3,
+    "linear": lambda remaining: remaining,
+    "constant": lambda remaining: 0.0,  # down to the target at once when the warm-up ends
+}
+"""Share of the surplus b0 - bT that is left, as a function of the share of pruning time that is left (1 -> 0)."""
+
+_EPOCHS = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*", re.IGNORECASE)
+
+
+def to_steps(span: Span, *, name: str, total_step: int | None = None, steps_per_epoch: float | None = None) -> int:
+    """Resolve a span to optimizer steps; fractions and epochs are rounded to the nearest step.
+
+    Raises:
+        ConfigError: the span is negative, not a number, or a unit that is not known.
+        ScheduleError: a fraction without ``total_step``, epochs without ``steps_per_epoch``.
+    """
+    wanted = f"{name}={span!r} is not a length of training; give steps (100), a fraction (0.1) or '2 epochs'."
+    if isinstance(span, bool):
+        raise ConfigError(wanted)
+    if isinstance(span, int):
+        if span < 0:
+            raise ConfigError(f"{name}={span} is negative; {name} counts optimizer steps from 0 upwards.")
+        return span
+    if isinstance(span, str):
+        match = _EPOCHS.fullmatch(span)
+        if match is None:
+            raise ConfigError(wanted)
+        if steps_per_epoch is None:
+            raise ScheduleError(
+                f"{name}={span!r} counts epochs, but nobody has said how many optimizer steps an epoch has. Train with"
+                " a Trainer and AdaLoraCallback(), call adalora.allocator(model).plan(total_step, steps_per_epoch), or"
+                f" give {name} in steps."
+            )
+        return round(float(match.group(1)) * steps_per_epoch)
+    if not isinstance(span, float) or not 0 <= span < 1:
+        raise ConfigError(f"{wanted} A float is a fraction of all steps, at least 0 and below 1.")
+    if total_step is None:
+        raise ScheduleError(f"{name}={span} is a fraction of all steps, and their number is not known yet.")
+    return round(span * total_step)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Step -> budget. All lengths in optimizer steps, all budgets in triplets.
+
+    Raises:
+        ScheduleError: no step is left for pruning although there is something to prune.
+        ConfigError: an unknown curve, or a target above the initial budget.
+    """
+
+    initial_budget: int
+    target_budget: int
+    total_step: int
+    t_init: int
+    t_final: int
+    delta_t: int
+    curve: str = "cubic"
+
+    def __post_init__(self) -> None:
+        if self.curve not in CURVES:
+            raise ConfigError(f"schedule={self.curve!r} is not known; choose one of {sorted(CURVES)}.")
+        if self.delta_t < 1:
+            raise ConfigError(f"deltaT={self.delta_t} must be at least 1 step between two allocations.")
+        if self.target_budget > self.initial_budget:
+            raise ConfigError(
+                f"the target of {self.target_budget} triplets is above the initial {self.initial_budget}: AdaLoRA only"
+                " prunes. Raise init_r (or rank_pattern) or lower target_r."
+            )
+        if self.prunes and self.pruning_steps < 1:
+            raise ScheduleError(
+                f"no step is left for pruning: of {self.total_step} steps, {self.t_init} are warm-up (tinit) and"
+                f" {self.t_final} the final phase (tfinal). Train for more steps, or lower tinit or tfinal so that"
+                " tinit + tfinal < total_step."
+            )
+
+    @property
+    def prunes(self) -> bool:
+        return self.target_budget < self.initial_budget
+
+    @property
+    def final_step(self) -> int:
+        """T - t_final: the step of the last allocation; from here on the mask is frozen."""
+        return self.total_step - self.t_final
+
+    @property
+    def pruning_steps(self) -> int:
+        return self.final_step - self.t_init
+
+    def budget(self, step: int) -> int:
+        """Triplets that may live after optimizer step ``step``; fractions of a triplet are rounded down."""
+        if not self.prunes or step <= self.t_init:
+            return self.initial_budget
+        if step >= self.final_step:
+            return self.target_budget
+        remaining = 1 - (step - self.t_init) / self.pruning_steps
+        surplus = self.initial_budget - self.target_budget
+        return int(surplus * CURVES[self.curve](remaining) + self.target_budget)
+
+    def allocates(self, step: int) -> bool:
+        """Whether triplets are ranked and masked after this step: on the ΔT grid, and where the final phase begins."""
+        if not self.prunes or step <= self.t_init:
+            return False
+        return step == self.final_step or (step < self.final_step and step % self.delta_t == 0)
+
+    def is_final(self, step: int) -> bool:
+        return step >= self.final_step
+
+    def describe(self, matrices: int) -> str:
+        """The schedule in words, for a person about to start training."""
+
+        def per_matrix(budget: int) -> str:
+            return f"{budget} triplets ({budget / matrices:.3g} a matrix)" if matrices else f"{budget} triplets"
+
+        if not self.prunes:
+            return f"{self.total_step} steps at {per_matrix(self.initial_budget)}: nothing to prune, LoRA in SVD form."
+        first = math.floor(self.t_init / self.delta_t + 1) * self.delta_t
+        every = "every step" if self.delta_t == 1 else f"every {self.delta_t} steps"
+        warm_up = f"1 to {self.t_init}: warm-up" if self.t_init else "no warm-up:"
+        return (
+            f"{self.total_step} optimizer steps. Steps {warm_up} with {per_matrix(self.initial_budget)}; "
+            f"steps {self.t_init + 1} to {self.final_step}: {self.curve} pruning to {per_matrix(self.target_budget)}, "
+            f"{every} from step {min(first, self.final_step)}; "
+            + (
+                f"steps {self.final_step + 1} to {self.total_step}: final phase with the ranks fixed."
+                if self.t_final
+                else "no final phase."
+            )
+        )

@@ -1,0 +1,238 @@
+"""The update of one matrix as a learned singular value decomposition (paper, section 3.1, equation 3).
+
+    W = W0 + s·ρ·P Λ Q        P: [d_out, r]   Λ: diag(λ), λ: [r]   Q: [r, d_in]
+
+Letters: P left vectors, Λ/λ singular values, Q right vectors, r rank, ρ constant gain of one matrix, s scaling of
+LoRA (kept by the layer that adds the update to its output).
+A *triplet* i is (P[:, i], λ[i], Q[i, :]).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+
+from .errors import ConfigError
+
+Initialization = Literal["orthonormal", "gaussian"]
+GAUSSIAN_STD = 0.02  # the authors' initial standard deviation of P and Q
+
+
+class Factors(NamedTuple):
+    """The three parts of one update as plain tensors."""
+
+    p: Tensor  # [d_out, r]
+    lam: Tensor  # [r]
+    q: Tensor  # [r, d_in]
+
+
+class SingularProjection(nn.Module):
+    """The right half of an update: x -> ρ·Λ Q x, in the place of LoRA's ``lora_A``.
+
+    Args:
+        right_vectors: Q, [r, d_in].
+        gain: ρ, a constant. Under Adam it acts as a ρ times larger learning rate for Λ alone.
+    """
+
+    def __init__(self, right_vectors: Tensor, gain: float = 1.0) -> None:
+        super().__init__()
+        self.right_vectors = nn.Parameter(right_vectors)
+        self.singular_values = nn.Parameter(right_vectors.new_zeros(right_vectors.shape[0]))
+        self.gain = gain
+        self.allocator: Any = None  # whose budget the triplets are under, if any
+
+    @property
+    def weight(self) -> Tensor:
+        """ρ·Λ Q, [r, d_in]: what LoRA calls A. Whatever reads ``lora_A.weight`` (merge, DoRA, ...) stays right."""
+        return (self.gain * self.singular_values).unsqueeze(1) * self.right_vectors
+
+    @property
+    def in_features(self) -> int:
+        return self.right_vectors.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.right_vectors.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_in] -> [..., r]."""
+        return F.linear(x, self.right_vectors) * (self.gain * self.singular_values)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, rank={self.out_features}, gain={self.gain:.4g}"
+
+
+@dataclass(eq=False)
+class Triplets:
+    """The triplets of one adapted matrix. Holds the modules, not the parameters, which wrappers may replace.
+
+    Args:
+        name: of the adapted module, unique in its allocator.
+        left: a module whose ``weight`` is P, [d_out, r] (LoRA's ``lora_B``).
+        right: holds Q and Λ.
+    """
+
+    name: str
+    left: nn.Module
+    right: SingularProjection
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        d_out: int,
+        d_in: int,
+        rank: int,
+        *,
+        initialization: Initialization = "orthonormal",
+        gain: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Triplets:
+        """A fresh update with Λ = 0, for models that are built without PEFT."""
+        left = nn.Linear(rank, d_out, bias=False, dtype=dtype)
+        triplets = cls(name, left, SingularProjection(torch.empty(rank, d_in, dtype=dtype), gain))
+        triplets.reset(initialization)
+        return triplets
+
+    @property
+    def p(self) -> nn.Parameter:
+        return self.left.weight  # type: ignore[return-value]
+
+    @property
+    def lam(self) -> nn.Parameter:
+        return self.right.singular_values
+
+    @property
+    def q(self) -> nn.Parameter:
+        return self.right.right_vectors
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        return self.p, self.lam, self.q
+
+    @property
+    def rank(self) -> int:
+        return self.lam.shape[0]
+
+    def delta(self, scale: float = 1.0) -> Tensor:
+        """ΔW = s·ρ·P Λ Q, [d_out, d_in]."""
+        return scale * (self.p @ self.right.weight)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """x: [..., d_in] -> s·ρ·P Λ Q x: [..., d_out]. The plain path that faster ones are tested against."""
+        return scale * F.linear(self.right(x), self.p)
+
+    @torch.no_grad()
+    def reset(self, initialization: Initialization = "orthonormal") -> None:
+        """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02)."""
+        if initialization not in ("orthonormal", "gaussian"):
+            raise ConfigError(f"initialization={initialization!r} is not known; use 'orthonormal' or 'gaussian'.")
+        self.lam.zero_()
+        for vectors in (self.p, self.q):
+            if initialization == "gaussian":
+                vectors.normal_(0.0, GAUSSIAN_STD)
+            else:  # QR has no half-precision kernels
+                vectors.copy_(nn.init.orthogonal_(torch.empty_like(vectors, dtype=torch.float32)))
+
+    @torch.no_grad()
+    def assign(self, factors: Factors) -> None:
+        """Take over these values, and their rank. Parameters stay the same objects; stale gradients are dropped."""
+        for parameter, value in zip(self.parameters, factors, strict=True):
+            value = value.detach().to(parameter)
+            parameter.grad = None
+            if value.shape == parameter.shape:
+                parameter.copy_(value)
+            else:
+                _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
+
+    @property
+    def is_resizable(self) -> bool:
+        """False while something else holds the parameters' storage: a retained graph, or a compiled model."""
+        return all(_is_free(parameter) for parameter in self.parameters)
+
+    @torch.no_grad()
+    def keep(self, index: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Slice P, Λ, Q, their gradients and the optimizer's state down to the triplets in ``index`` (int64, [k])."""
+        for parameter, dim in ((self.p, 1), (self.lam, 0), (self.q, 0)):
+
+            def cut(tensor: Tensor, dim: int = dim) -> Tensor:
+                return tensor.index_select(dim, index).contiguous()
+
+            shape = parameter.shape
+            _replace(parameter, cut(parameter.data), None if parameter.grad is None else cut(parameter.grad))
+            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == shape:
+                    state[key] = cut(value)
+
+
+def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
+    """Give a parameter another shape without changing which object it is.
+
+    ``parameter.data = data`` would do until the next backward pass: a loop that still holds its last loss also holds
+    the node that accumulates this parameter's gradient, which remembers the old shape.
+    """
+    replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    replacement.grad = gradient
+    replacement.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, replacement)  # type: ignore[no-untyped-call]
+
+
+def _is_free(parameter: nn.Parameter) -> bool:
+    """Whether nothing but its module and a gradient accumulator holds the tensor (what swap_tensors asks for)."""
+    if weakref.getweakrefs(parameter):
+        return False
+    if parameter._use_count() == 2 and parameter.requires_grad:  # type: ignore[attr-defined]
+        torch.autograd.graph.get_gradient_edge(parameter)  # would raise the count if it had to make the accumulator
+        return bool(parameter._use_count() == 2)  # type: ignore[attr-defined]
+    return bool(parameter._use_count() == 1)  # type: ignore[attr-defined]
+
+
+def automatic_gain(d_out: int) -> float:
+    """ρ = √(d_out / 3): Adam's first step of λ then moves ΔW as far as its first step of LoRA's B does.
+
+    One Adam step moves every entry by the learning rate: LoRA's ΔW by lr·√d_out·‖A_i‖ with ‖A_i‖ = √(1/3), ours by
+    lr·ρ·‖P_i‖‖Q_i‖ with unit vectors.
+    """
+    return math.sqrt(d_out / 3)
+
+
+@torch.no_grad()
+def from_product(b: Tensor, a: Tensor) -> Factors:
+    """The singular value decomposition of B A without ever forming it: QR of both factors, SVD of the small core.
+
+    Args:
+        b: [d_out, r]
+        a: [r, d_in]
+
+    Returns:
+        P with orthonormal columns, λ in descending order, Q with orthonormal rows, so that P Λ Q = B A; their rank
+        is min(r, d_out, d_in).
+    """
+    dtype = torch.promote_types(b.dtype, torch.float32)  # QR and SVD have no half-precision kernels
+    left, left_core = torch.linalg.qr(b.to(dtype))
+    right, right_core = torch.linalg.qr(a.to(dtype).T)
+    u, lam, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return Factors(left @ u, lam, vh @ right.T)
+
+
+@torch.no_grad()
+def from_rows(b: Tensor, a: Tensor) -> Factors:
+    """Read B A as triplets without mixing them: P = B, λ_i = ‖A_i‖, Q_i = A_i / ‖A_i‖ (inverse of :func:`to_product`).
+
+    Rows that are zero keep λ = 0 and Q = 0.
+    """
+    lam = a.norm(dim=1)
+    return Factors(b, lam, a / lam.clamp_min(torch.finfo(a.dtype).tiny).unsqueeze(1))
+
+
+@torch.no_grad()
+def to_product(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
+    """An ordinary LoRA pair with scale 1: B = P, A = s·ρ·Λ Q, where ``scale`` is s·ρ."""
+    return factors.p, (scale * factors.lam).unsqueeze(1) * factors.q

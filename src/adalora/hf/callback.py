@@ -1,0 +1,141 @@
+"""The Trainer's side: it knows how long training is, and where checkpoints lie."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..core.errors import StateError
+from ..core.trace import TraceFile
+from .adapters import STATE_NAME, allocator, load_state, save_state
+
+UNSEEN_STEPS = 20  # a loss scaler may skip the first few
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Gives a Trainer's number of steps to the allocator, keeps its state in checkpoints and logs the budget.
+
+    Args:
+        trace_path: also write every allocation to this file, as JSON lines.
+        resume_from: checkpoint to restore the AdaLoRA state from; found by itself when ``Trainer.train`` resumes from a
+            checkpoint in its own output directory.
+        adapter_name: which adapter, when the model has several.
+
+    Each log line of the Trainer gains ``adalora/budget``, ``adalora/live`` (triplets kept) and
+    ``adalora/orthogonality`` (mean ‖XXᵀ - I‖_F).
+    """
+
+    def __init__(
+        self,
+        trace_path: str | os.PathLike[str] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        self.trace_path = trace_path
+        self.resume_from = resume_from
+        self.adapter_name = adapter_name
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        ours = allocator(model, self.adapter_name)
+        if state.global_step > 0:
+            self._resume(model, args, state)
+        elif ours.step > 0 and not ours.frozen:
+            ours.restart()
+        planned = ours.settings.total_step
+        if planned not in (None, state.max_steps):
+            warnings.warn(
+                f"total_step={planned} in the AdaLoraConfig, but this Trainer takes {state.max_steps} optimizer steps:"
+                f" the schedule is laid out over {state.max_steps}. Leave total_step out when you use AdaLoraCallback.",
+                stacklevel=2,
+            )
+        ours.plan(state.max_steps, _steps_per_epoch(args, state, kwargs.get("train_dataloader")))
+        if self.trace_path is not None and state.is_world_process_zero:
+            ours.trace_file = TraceFile(self.trace_path)
+            ours.trace_file.start(ours.header(), after_step=ours.step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ours = allocator(kwargs["model"], self.adapter_name)
+        if ours.step == 0 and state.global_step >= UNSEEN_STEPS:
+            raise StateError(
+                f"{state.global_step} optimizer steps have passed and none of them was the adapter's: the optimizer"
+                f" ({type(kwargs.get('optimizer')).__name__}) holds no AdaLoRA parameter with a gradient. Was it made"
+                " from another copy of the model, or is the adapter not active?"
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        ours = allocator(kwargs["model"], self.adapter_name)
+        figures = {
+            "adalora/budget": ours.budget,
+            "adalora/live": ours.live,
+            "adalora/orthogonality": ours.orthogonality_error(),
+        }
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After everything else is written: its presence says that the checkpoint is complete."""
+        directory = _checkpoint(args, state)
+        if state.is_world_process_zero and directory.is_dir():
+            save_state(kwargs["model"], directory, self.adapter_name)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ours = allocator(kwargs["model"], self.adapter_name)
+        if not ours.frozen:
+            warnings.warn(
+                f"training ended at step {ours.step}, before pruning did: {ours.live} triplets are live and the budget"
+                f" was {ours.target_budget}. The adapter is saved with the rank it has.",
+                stacklevel=2,
+            )
+
+    def _resume(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        given = (self.resume_from, args.resume_from_checkpoint)
+        candidates = [Path(place) for place in given if isinstance(place, (str, os.PathLike))]
+        candidates.append(_checkpoint(args, state))
+        found = next((place for place in candidates if (place / STATE_NAME).is_file()), None)
+        if found is None:
+            raise StateError(
+                f"the Trainer resumes at step {state.global_step}, but there is no {STATE_NAME} in"
+                f" {', '.join(str(place) for place in candidates)}. Give AdaLoraCallback(resume_from=CHECKPOINT) the"
+                " checkpoint you resume from; one without that file was not saved with AdaLoraCallback (or was cut"
+                " short), and its schedule cannot be resumed."
+            )
+        load_state(model, found, self.adapter_name)
+        ours = allocator(model, self.adapter_name)
+        if ours.step != state.global_step and not ours.manual:
+            warnings.warn(
+                f"{found} has seen {ours.step} updates of the adapter, the Trainer {state.global_step} steps"
+                " (steps skipped by a loss scaler, or another checkpoint's state).",
+                stacklevel=2,
+            )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, dataloader: Any) -> float:
+    try:
+        return max(1, math.ceil(len(dataloader) / args.gradient_accumulation_steps))
+    except TypeError:  # a stream has no length
+        return state.max_steps / max(1, state.num_train_epochs)

@@ -1,0 +1,202 @@
+"""The configuration: a ``peft.LoraConfig`` with a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+
+from ..core.errors import ConfigError
+from ..core.orthogonality import Orthogonality
+from ..core.schedule import Span
+from ..core.settings import Settings
+from ..core.triplets import Initialization, automatic_gain
+
+INITIALIZATIONS = ("orthonormal", "gaussian")
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """AdaLoRA (arXiv 2303.10512) as a LoRA with singular values and a budget.
+
+    All fields of ``peft.LoraConfig`` keep their meaning; PEFT builds the layers with ``init_r`` as their rank, so the
+    scaling is lora_alpha / init_r (lora_alpha / √init_r with ``use_rslora``) and stays so when ranks shrink. Lengths of
+    training are steps (int), a fraction of all steps (float below 1) or epochs (``"2 epochs"``).
+
+    Args:
+        target_r: average rank a matrix after pruning; ``r`` is read as this when it is not given.
+        init_r: rank before pruning; by default one and a half times ``target_r``, as in the paper.
+        tinit: warm-up before pruning starts.
+        tfinal: final phase, trained with the ranks fixed.
+        deltaT: distance between two allocations.
+        beta1: decay rate of the smoothed sensitivity.
+        beta2: decay rate of the uncertainty.
+        orth_reg_weight: weight γ of the orthogonality regulariser, which is never part of the reported loss.
+        total_step: optimizer steps of the whole training. ``AdaLoraCallback`` fills it in under a Trainer.
+        importance: metric that scores the triplets; see ``adalora.core.importance``.
+        policy: ``global_topk`` ranks all matrices together; ``uniform`` gives each the same.
+        schedule: ``cubic``, ``linear`` or ``constant``.
+        orthogonality: ``squared`` (paper) or ``frobenius`` (mean of plain norms: the authors' code and PEFT).
+        initialization: of P and Q, ``orthonormal`` or ``gaussian`` (paper, standard deviation 0.02).
+        singular_gain: constant ρ in W = W0 + s·ρ·P Λ Q; ``"auto"`` is √(d_out / 3), 1.0 the paper.
+        sensitivity_at: weights at which sensitivity is taken: ``before_step`` (paper) or ``after_step`` (their code).
+        compact: slice pruned triplets away when the final phase begins (False: only in what is saved).
+
+    Raises:
+        ConfigError: a value that cannot be meant, with what to do about it.
+    """
+
+    target_r: int | None = field(default=None, metadata={"help": "Average rank a matrix after pruning."})
+    init_r: int | None = field(default=None, metadata={"help": "Rank of every matrix before pruning."})
+    tinit: Span = field(default=0.1, metadata={"help": "Warm-up before pruning: steps, fraction or '2 epochs'."})
+    tfinal: Span = field(default=0.3, metadata={"help": "Final phase with fixed ranks: steps, fraction or epochs."})
+    deltaT: Span = field(  # noqa: N815 (PEFT's name)
+        default=0.01, metadata={"help": "Distance between allocations: steps, fraction or epochs."}
+    )
+    beta1: float = field(default=0.85, metadata={"help": "Decay rate of the smoothed sensitivity."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay rate of the uncertainty."})
+    orth_reg_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
+    total_step: int | None = field(default=None, metadata={"help": "Optimizer steps of the whole training."})
+    importance: str = field(default="sensitivity_uncertainty", metadata={"help": "Metric that scores triplets."})
+    policy: str = field(default="global_topk", metadata={"help": "Who competes with whom for the budget."})
+    schedule: str = field(default="cubic", metadata={"help": "Curve from the initial to the target budget."})
+    orthogonality: Orthogonality = field(default="squared", metadata={"help": "Form of the regulariser."})
+    initialization: Initialization = field(default="orthonormal", metadata={"help": "Initial P and Q."})
+    singular_gain: float | Literal["auto"] = field(default="auto", metadata={"help": "Constant gain of the update."})
+    sensitivity_at: Literal["before_step", "after_step"] = field(
+        default="before_step", metadata={"help": "Weights at which sensitivity is taken."}
+    )
+    compact: bool = field(default=True, metadata={"help": "Slice pruned triplets away in the final phase."})
+
+    @classmethod
+    def paper(cls, **settings: Any) -> AdaLoraConfig:
+        """The paper's choices throughout: Gaussian P and Q, no gain, squared penalty, full score, γ = 0.1."""
+        choices: dict[str, Any] = {
+            "initialization": "gaussian",
+            "singular_gain": 1.0,
+            "orthogonality": "squared",
+            "importance": "sensitivity_uncertainty",
+            "policy": "global_topk",
+            "schedule": "cubic",
+            "sensitivity_at": "before_step",
+            "orth_reg_weight": 0.1,
+            "beta1": 0.85,
+            "beta2": 0.85,
+        }
+        return cls(**{**choices, **settings})
+
+    def __post_init__(self) -> None:
+        if self.target_r is None:
+            self.target_r = self.r
+        for name in ("target_r", "init_r"):
+            rank = getattr(self, name)
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+                raise ConfigError(f"{name}={rank!r} must be a whole number, at least 1.")
+        if self.init_r is None:
+            self.init_r = math.ceil(1.5 * self.target_r)
+        if self.init_r < self.target_r:
+            raise ConfigError(
+                f"init_r={self.init_r} is smaller than target_r={self.target_r}: AdaLoRA starts at init_r and prunes"
+                f" down to target_r. Use init_r={math.ceil(1.5 * self.target_r)} (one and a half times, as in the paper)"
+                f" or init_r={self.target_r} for no pruning."
+            )
+        if self.r not in (self.init_r, self.target_r, _DEFAULT_R):
+            raise ConfigError(
+                f"r={self.r} beside target_r={self.target_r} and init_r={self.init_r} says nothing: leave r out, or"
+                " give it alone to mean target_r."
+            )
+        self.r = self.init_r  # the rank PEFT builds the layers with
+        if self.initialization not in INITIALIZATIONS:
+            raise ConfigError(f"initialization={self.initialization!r}: choose one of {sorted(INITIALIZATIONS)}.")
+        if self.singular_gain != "auto" and not (
+            isinstance(self.singular_gain, (int, float)) and 0 < self.singular_gain < math.inf
+        ):
+            raise ConfigError(f"singular_gain={self.singular_gain!r} must be a positive number or 'auto'.")
+        if self.target_parameters:
+            raise ConfigError(
+                "target_parameters is not supported by AdaLoRA yet: their low-rank factors are shared by all experts."
+                " Adapt linear modules (target_modules) or use peft.LoraConfig for these parameters."
+            )
+        self.settings()  # checks the rest
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._exported: LoraConfig | None = None
+
+    def settings(self) -> Settings:
+        """What the allocator is asked to do."""
+        assert self.target_r is not None
+        return Settings(
+            target_rank=self.target_r,
+            t_init=self.tinit,
+            t_final=self.tfinal,
+            delta_t=self.deltaT,
+            total_step=self.total_step,
+            curve=self.schedule,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            metric=self.importance,
+            policy=self.policy,
+            orthogonality_weight=self.orth_reg_weight,
+            orthogonality=self.orthogonality,
+            sensitivity_at=self.sensitivity_at,
+            compact=self.compact,
+        )
+
+    def gain(self, d_out: int) -> float:
+        """ρ for a matrix with ``d_out`` outputs."""
+        return automatic_gain(d_out) if self.singular_gain == "auto" else float(self.singular_gain)
+
+    def plain(self, ranks: dict[str, int]) -> LoraConfig:
+        """The configuration of the ordinary LoRA adapter that an export with these ranks is.
+
+        Args:
+            ranks: rank of each module by name relative to the base model; modules with rank 0 are excluded.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init}
+        kept = {name: rank for name, rank in ranks.items() if rank}
+        r = max(kept.values(), default=1)
+        # A pattern matches any module whose name ends with it: the longer name must come first.
+        pattern = (
+            {name: kept[name] for name in sorted(kept, key=len, reverse=True)} if set(kept.values()) != {r} else {}
+        )
+        values.update(
+            r=r,
+            lora_alpha=r,
+            rank_pattern=pattern,
+            alpha_pattern=dict(pattern),
+            use_rslora=False,
+            init_lora_weights=True,
+            exclude_modules=self._excluding(sorted(set(ranks) - set(kept))),
+            eva_config=None,
+            corda_config=None,
+            lora_ga_config=None,
+            loftq_config={},
+        )
+        return LoraConfig(**values)
+
+    def _excluding(self, names: list[str]) -> Any:
+        if not names:
+            return self.exclude_modules
+        if isinstance(self.exclude_modules, str):
+            return "|".join([f"(?:{self.exclude_modules})", *map(re.escape, names)])
+        return sorted({*(self.exclude_modules or ()), *names})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``: of the plain LoRA adapter whose weights PEFT has just asked for, if it has."""
+        if self._exported is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        for name in ("inference_mode", "base_model_name_or_path", "task_type", "auto_mapping", "revision"):
+            setattr(self._exported, name, getattr(self, name))
+        self._exported.save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Read back what this class wrote before any export (PEFT would choose the class by ``peft_type``)."""
+        kwargs.pop("peft_type", None)
+        return cls(**kwargs)
+
+
+_DEFAULT_R = LoraConfig.__dataclass_fields__["r"].default
