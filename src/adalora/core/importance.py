@@ -40,9 +40,13 @@ class Smoothed(NamedTuple):
             w: entries, shape of the block; g: their gradients, the same shape.
         """
         sensitivity = (w * g).abs_().nan_to_num_(0.0, 0.0, 0.0)
-        weight = valid.to(sensitivity.dtype)
-        self.sensitivity.lerp_(sensitivity, (1 - beta1) * weight)
-        self.uncertainty.lerp_(sensitivity.sub_(self.sensitivity).abs_(), (1 - beta2) * weight)
+        _smooth_(self.sensitivity, sensitivity, beta1, valid)
+        _smooth_(self.uncertainty, sensitivity.sub_(self.sensitivity).abs_(), beta2, valid)
+
+
+def _smooth_(average: Tensor, new: Tensor, beta: float, valid: Tensor) -> None:
+    keep, take, one = average.new_full((), beta), average.new_full((), 1 - beta), average.new_ones(())
+    average.mul_(torch.where(valid, keep, one)).add_(new * (take * valid))
 
 
 class Magnitudes(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .triplets import Triplets
 
+ROUNDING = 16  # in units of the last place; QR and XXᵀ leave about 4 at d = 384
 Orthogonality = Literal["squared", "frobenius"]
 KINDS: tuple[str, ...] = ("squared", "frobenius")
 
@@ -32,10 +33,14 @@ def deviation(x: Tensor) -> Tensor:
 def gradient(x: Tensor, kind: Orthogonality, factors: int) -> Tensor:
     """∂R/∂X for a stack of factors, [m, r, d] -> [m, r, d].
 
+    Entries of XXᵀ - I within rounding of 0 count as 0. At the first step of an orthonormal start nothing else has a
+    gradient in P and Q, and Adam would blow that noise up to full steps of the learning rate (decision 003).
+
     Args:
         factors: number of factors (two a matrix) in the whole model; ``frobenius`` is a mean over them.
     """
     off = deviation(x)
+    off.masked_fill_(off.abs() <= ROUNDING * torch.finfo(x.dtype).eps, 0.0)
     if kind == "squared":
         return 4 * (off @ x)
     norm = _norms(off).clamp_min(torch.finfo(x.dtype).tiny)  # 0/0 at an exactly orthonormal factor
@@ -48,7 +53,8 @@ def errors(x: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1))
+    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    return norms
 
 
 def penalty(triplets: Iterable[Triplets], kind: Orthogonality = "squared") -> Tensor:

@@ -73,7 +73,7 @@ class AdaLoraConfig(LoraConfig):
 
     @classmethod
     def paper(cls, **settings: Any) -> AdaLoraConfig:
-        """The paper's choices throughout: Gaussian P and Q, no gain, squared penalty, full score, γ = 0.1."""
+        """The paper's choices throughout: Gaussian P and Q, no gain, squared penalty, full score, γ = 0.1, masks."""
         choices: dict[str, Any] = {
             "initialization": "gaussian",
             "singular_gain": 1.0,
@@ -85,6 +85,7 @@ class AdaLoraConfig(LoraConfig):
             "orth_reg_weight": 0.1,
             "beta1": 0.85,
             "beta2": 0.85,
+            "compact": False,
         }
         return cls(**{**choices, **settings})
 
@@ -100,7 +101,7 @@ class AdaLoraConfig(LoraConfig):
         if self.init_r < self.target_r:
             raise ConfigError(
                 f"init_r={self.init_r} is smaller than target_r={self.target_r}: AdaLoRA starts at init_r and prunes"
-                f" down to target_r. Use init_r={math.ceil(1.5 * self.target_r)} (one and a half times, as in the paper)"
+                f" down to target_r. Use init_r={math.ceil(1.5 * self.target_r)} (half as much again, as the paper)"
                 f" or init_r={self.target_r} for no pruning."
             )
         if self.r not in (self.init_r, self.target_r, _DEFAULT_R):
