@@ -489,8 +489,8 @@ class Allocator:
         """Views of the moving averages: "name/p", "name/lam", "name/q" -> [r, d] (singular vectors as rows) or [r]."""
         parts: dict[str, Smoothed] = {}
         if self._lam_importance is not None:
-            split = [split(block, self.sizes) for block in self._lam_importance]
-            for t, sensitivity, uncertainty in zip(self.triplets, *split, strict=True):
+            blocks = [split(block, self.sizes) for block in self._lam_importance]
+            for t, sensitivity, uncertainty in zip(self.triplets, *blocks, strict=True):
                 parts[f"{t.name}/lam"] = Smoothed(sensitivity, uncertainty)
         for stack in self._stacks:
             if stack.importance is not None:

@@ -36,9 +36,9 @@ def _driven_by(optimizer: torch.optim.Optimizer) -> list[Allocator]:
 
 
 def _drives(optimizer: torch.optim.Optimizer, held: set[int], allocator: Allocator) -> bool:
-    trainable = [(t.name, w) for t in allocator.triplets for w in t.parameters if w.requires_grad]
-    missing = sorted({name for name, parameter in trainable if id(parameter) not in held})
-    some = any(id(parameter) in held for _, parameter in trainable)
+    everything = [(t.name, w) for t in allocator.triplets for w in t.parameters]
+    missing = sorted({name for name, w in everything if w.requires_grad and id(w) not in held})
+    some = any(id(w) in held for _, w in everything)  # an adapter that is not active yet is frozen for the time being
     if some and missing:
         raise StateError(
             f"this {type(optimizer).__name__} holds only a part of the adapter: it lacks parameters of"

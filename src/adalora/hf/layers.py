@@ -114,8 +114,10 @@ def _triplets(layer: LoraLayer, adapter_name: str) -> Triplets:
     return Triplets("", layer.lora_B[adapter_name], projection(layer, adapter_name))
 
 
-def _must_be_saved(layer: LoraLayer, adapter_name: str) -> bool:
-    """A layer of rank 0 may still hold a trained DoRA magnitude or bias."""
+def _must_be_saved(layer: LoraLayer, adapter_name: str, config: AdaLoraConfig) -> bool:
+    """A layer of rank 0 may still hold a trained bias or DoRA magnitude."""
+    if config.bias != "none":
+        return True
     return adapter_name in layer.lora_magnitude_vector or getattr(layer.lora_B[adapter_name], "bias", None) is not None
 
 
@@ -142,7 +144,7 @@ def _resize_to_state_dict(layer: nn.Module, state_dict: dict[str, Tensor], prefi
 
 
 def fold(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+    model: nn.Module, adapter_name: str, config: AdaLoraConfig, state_dict: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A state dict with P, Λ, Q of this adapter -> the same with plain, compact LoRA weights; the model stays as it is.
 
@@ -161,7 +163,7 @@ def fold(
         )
         live = factors.lam.nonzero().flatten()
         kept = Factors(factors.p[:, live], factors.lam[live], factors.q[live])
-        if not len(live) and _must_be_saved(layer, adapter_name):
+        if not len(live) and _must_be_saved(layer, adapter_name, config):
             p, lam, q = factors
             kept = Factors(p.new_zeros(p.shape[0], 1), lam.new_zeros(1), q.new_zeros(1, q.shape[1]))
         rank = len(kept.lam)
@@ -255,7 +257,7 @@ def install() -> None:
     ) -> dict[str, Tensor]:
         selected = get_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
         if isinstance(config, AdaLoraConfig):
-            selected, ranks = fold(model, adapter_name, selected)
+            selected, ranks = fold(model, adapter_name, config, selected)
             config._exported = config.plain(ranks)
         return selected  # type: ignore[no-any-return]
 
