@@ -133,7 +133,7 @@ def test_stock_get_peft_model_gives_the_same_model() -> None:
 
 
 def test_every_way_peft_adds_an_adapter_is_upgraded() -> None:
-    """get_peft_model, add_adapter on layers that already carry LoRA, inject_adapter_in_model, Transformers' add_adapter."""
+    """Also add_adapter on layers that carry LoRA already, inject_adapter_in_model, Transformers' add_adapter."""
     second = peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     second.add_adapter("budgeted", config_for("bert", target_modules=["query", "value"]))
     second.set_adapter("budgeted")

@@ -78,6 +78,7 @@ def trainer(
             **{"num_train_epochs": 1, "save_strategy": "no", "logging_strategy": "no", **arguments},
         ),
         train_dataset=Rows(),
+        eval_dataset=Rows(8),
         callbacks=callbacks,
     )
 

@@ -191,6 +191,9 @@ class AdaLoraConfig(LoraConfig):
             return
         for name in ("inference_mode", "base_model_name_or_path", "task_type", "auto_mapping", "revision"):
             setattr(self._exported, name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules"):  # PEFT keeps sets, whose order changes from run to run
+            value = getattr(self._exported, name)
+            setattr(self._exported, name, sorted(value) if isinstance(value, set) else value)
         self._exported.save_pretrained(save_directory, **kwargs)
 
     @classmethod

@@ -171,6 +171,9 @@ def fold(
         if rank:
             b, a = to_product(kept, layer.scaling[adapter_name] * projection(layer, adapter_name).gain)
             folded[key_b], folded[f"{key_a}.weight"] = b.contiguous(), a.contiguous()
+        key_bias = f"{name}.lora_B.{adapter_name}.bias"
+        if key_bias in folded:  # lora_bias: PEFT scales it with the rest
+            folded[key_bias] = folded[key_bias] * layer.scaling[adapter_name]
     return folded, ranks
 
 
@@ -190,6 +193,9 @@ def unfold(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -
             b, a = unfolded.pop(f"{prefix}{bare}.lora_B.weight"), unfolded.pop(f"{prefix}{bare}.lora_A.weight")
             loaded = from_rows(b, a / (layer.scaling[adapter_name] * projection(layer, adapter_name).gain))
             factors = _padded(loaded, live)
+            key_bias = f"{prefix}{bare}.lora_B.bias"
+            if key_bias in unfolded:
+                unfolded[key_bias] = unfolded[key_bias] / layer.scaling[adapter_name]
         unfolded[f"{prefix}{bare}.lora_B.weight"] = factors.p
         unfolded[f"{prefix}{bare}.lora_A.singular_values"] = factors.lam
         unfolded[f"{prefix}{bare}.lora_A.right_vectors"] = factors.q
