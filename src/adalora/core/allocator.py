@@ -60,12 +60,14 @@ class Allocator:
         self.schedule: Schedule | None = None
         self.step = 0  # optimizer steps counted so far
         self.frozen = self.initial_budget == self.target_budget  # from the final phase on the mask no longer changes
+        self.hooked = False  # before_step and after_step are called by the optimizer's hooks
         self.manual = False  # update_and_allocate has taken over from the hook
         self.trace: list[Allocation] = []
         self.trace_file: TraceFile | None = None
         self._stepping = False
         self._weights_replaced = False
         self._lam_before_mask: list[Tensor] | None = None
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
         if self.initial_budget < self.target_budget:
@@ -81,6 +83,9 @@ class Allocator:
                 if not any(isinstance(s, str) for s in (settings.t_init, settings.t_final, settings.delta_t)):
                     raise  # else: epochs, which wait for a plan that knows their length
         LIVE.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trace_file": None, "_optimizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled models allocate, too
         self.__dict__.update(state)
@@ -232,10 +237,11 @@ class Allocator:
         if self.settings.sensitivity_at == "after_step":
             self._update_importance(grad_scale)
         self.step += 1
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         if not self.manual:
             self._allocate(self.step, optimizer)
 
-    def update_and_allocate(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def update_and_allocate(self, step: int) -> None:
         """Allocate by hand, as with PEFT, after ``optimizer.step()``; from the first call on the hook leaves it to you.
 
         Args:
@@ -257,7 +263,7 @@ class Allocator:
             if self._lam_before_mask is not None:  # the hook has masked at its own count of this very step
                 torch._foreach_copy_([t.lam.data for t in self.triplets], self._lam_before_mask)
         self.step = step
-        self._allocate(step, optimizer)
+        self._allocate(step, None if self._optimizer is None else self._optimizer())
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Slice pruned triplets away for good: P, Λ, Q and the optimizer's state shrink in place.

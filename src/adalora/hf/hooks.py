@@ -30,7 +30,7 @@ def _driven_by(optimizer: torch.optim.Optimizer) -> list[Allocator]:
     known = _known.get(optimizer)
     if known is None or known[0] != key:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        known = key, [weakref.ref(allocator) for allocator in LIVE if _drives(optimizer, held, allocator)]
+        known = key, [weakref.ref(a) for a in LIVE if a.hooked and _drives(optimizer, held, a)]
         _known[optimizer] = known
     return [allocator for reference in known[1] if (allocator := reference()) is not None]
 
@@ -91,9 +91,10 @@ def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def install_optimizer_hooks() -> None:
-    """Register the two hooks; safe to call again. Without allocators they cost one set lookup a step."""
+def drive(allocator: Allocator) -> None:
+    """Let the optimizer's steps drive this allocator, and its copies. Without any, the hooks cost next to nothing."""
     global _installed
+    allocator.hooked = True
     if not _installed:
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)

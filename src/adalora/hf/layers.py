@@ -8,6 +8,8 @@ about the configuration (docs/decisions/001 says why these); for any other confi
 - ``inject_adapter``: upgrades the layers and makes the allocator, for every way in which PEFT adds an adapter;
 - ``_get_adapter_state_dict``: what is saved is a plain LoRA adapter;
 - ``_remap_adapter_state_dict_for_load``: a plain LoRA adapter is loaded as triplets.
+
+and it gains ``update_and_allocate(step)``, for loops written for PEFT's AdaLoRA.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from ..core.allocator import Allocator
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, StateError
 from ..core.triplets import Factors, SingularProjection, Triplets, from_product, from_rows, to_product
 from .config import AdaLoraConfig
-from .hooks import install_optimizer_hooks
+from .hooks import drive
 
 PEFT_PREFIX = "base_model.model."
 
@@ -81,12 +83,11 @@ def upgrade(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> Alloc
             f"AdaLoRA adapts linear layers; target_modules also matched {', '.join(unsupported[:5])}. Leave them out of"
             " target_modules, or name them in exclude_modules."
         )
-    allocator = Allocator(
-        [_upgrade_layer(layer, adapter_name, name, config) for name, layer in layers], config.settings()
-    )
-    for _, layer in layers:
-        projection(layer, adapter_name).allocator = allocator
-    install_optimizer_hooks()
+    triplets = [_upgrade_layer(layer, adapter_name, name, config) for name, layer in layers]
+    allocator = Allocator(triplets, config.settings())
+    for part in triplets:
+        part.right.allocator = allocator
+    drive(allocator)
     return allocator
 
 
@@ -276,12 +277,22 @@ def install() -> None:
                 projection(layer, adapter_name).allocator.weights_replaced()
         return remap_state_dict(cls, model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
 
+    def update_and_allocate(self: LoraModel, step: int) -> None:
+        """Allocate by hand, after ``optimizer.step()``, for every active AdaLoRA adapter; replaces the hook."""
+        ours = [name for name in self.active_adapters if name in adapter_names(self.model)]
+        if not ours:
+            raise StateError(f"no active adapter is AdaLoRA's (active: {self.active_adapters}).")
+        for name in ours:
+            _, layer = next(adapted_layers(self.model, name))
+            projection(layer, name).allocator.update_and_allocate(step)
+
     taught: dict[str, Any] = {
         "inject_adapter": inject_adapter,
         "_get_adapter_state_dict": classmethod(functools.wraps(get_state_dict)(_get_adapter_state_dict)),
         "_remap_adapter_state_dict_for_load": classmethod(
             functools.wraps(remap_state_dict)(_remap_adapter_state_dict_for_load)
         ),
+        "update_and_allocate": update_and_allocate,
         "_knows_adalora": True,
     }
     for name, value in taught.items():
