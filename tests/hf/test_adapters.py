@@ -222,6 +222,17 @@ def test_a_layer_of_rank_zero_is_left_out_and_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, "SEQ_CLS"), logits(model, "SEQ_CLS"), rtol=0, atol=TOLERANCE)
 
 
+def test_an_untrained_adapter_saves_and_loads_at_its_full_rank(tmp_path: Path) -> None:
+    base = bert()
+    adalora.get_peft_model(copy.deepcopy(base), config_for("bert")).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert loaded.peft_config["default"].r == 4
+    assert torch.equal(logits(loaded, "SEQ_CLS"), logits(base, "SEQ_CLS"))
+    for _ in train(loaded, "SEQ_CLS", 3, adamw(loaded)):  # as plain LoRA, it can still learn
+        pass
+    assert all(layer.lora_A["default"].weight.any() for layer in loaded.modules() if hasattr(layer, "lora_A"))
+
+
 def test_state_dict_round_trip_through_peft(tmp_path: Path) -> None:
     """get_peft_model_state_dict is plain LoRA; set_peft_model_state_dict reads it back, at any rank."""
     model = adalora.get_peft_model(bert(), config_for("bert"))

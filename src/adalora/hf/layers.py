@@ -149,12 +149,16 @@ def fold(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A state dict with P, Λ, Q of this adapter -> the same with plain, compact LoRA weights; the model stays as it is.
 
-    Every triplet with λ != 0 is kept, so what is saved computes what is in memory, also between two masks.
+    Every triplet with λ != 0 is kept, so what is saved computes what is in memory, also between two masks; of an adapter
+    that has not been trained at all, every triplet.
 
     Returns:
         the new state dict, in which layers of rank 0 are left out, and the rank of each layer by its name.
     """
     folded, ranks = dict(state_dict), {}
+    untrained = not any(
+        bool(value.any()) for key, value in folded.items() if key.endswith(f"lora_A.{adapter_name}.singular_values")
+    )
     for name, layer in adapted_layers(model, adapter_name):
         key_a, key_b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}.weight"
         if f"{key_a}.right_vectors" not in folded:
@@ -162,7 +166,7 @@ def fold(
         factors = Factors(
             folded.pop(key_b), folded.pop(f"{key_a}.singular_values"), folded.pop(f"{key_a}.right_vectors")
         )
-        live = factors.lam.nonzero().flatten()
+        live = (torch.ones_like(factors.lam) if untrained else factors.lam).nonzero().flatten()
         kept = Factors(factors.p[:, live], factors.lam[live], factors.q[live])
         if not len(live) and _must_be_saved(layer, adapter_name, config):
             p, lam, q = factors
