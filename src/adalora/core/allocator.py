@@ -66,6 +66,8 @@ class Allocator:
         self.trace_file: TraceFile | None = None
         self._stepping = False
         self._weights_replaced = False
+        self._stacks: list[Stack] = []
+        self._lam_importance: Smoothed | None = None
         self._lam_before_mask: list[Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
         self._lay_out()
@@ -370,7 +372,13 @@ class Allocator:
     # ---------------------------------------------------------------- inside
 
     def _refresh(self) -> None:
-        """Catch up with weights, and possibly ranks, that were loaded behind the allocator's back."""
+        """Catch up with weights, ranks or a device that changed behind the allocator's back."""
+        device = self.triplets[0].lam.device
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+            self._lam_importance = None if self._lam_importance is None else self._lam_importance.to(device)
+            for stack in self._stacks:
+                stack.to(device)
         if self._weights_replaced or len(self.mask) != sum(self.sizes):
             self._weights_replaced = False
             self._lay_out()
@@ -387,7 +395,7 @@ class Allocator:
                     members.setdefault((t.rank, d), []).append((k, side))
         device = self.triplets[0].lam.device
         self._stacks = [Stack(group, offsets, rank, device) for (rank, _), group in members.items()]
-        self._lam_importance: Smoothed | None = None
+        self._lam_importance = None
 
     def _side_mask(self, stack: Stack, side: str) -> Tensor:
         rank = len(stack.positions) // len(stack.members)

@@ -20,6 +20,11 @@ class Stack:
         self.positions = (starts.unsqueeze(1) + torch.arange(rank, device=device)).flatten()  # in the score vector
         self.importance: Smoothed | None = None
 
+    def to(self, device: torch.device) -> None:
+        """Follow the model to another device."""
+        self.positions = self.positions.to(device)
+        self.importance = None if self.importance is None else self.importance.to(device)
+
     def parameters(self, triplets: Sequence[Triplets]) -> list[Tensor]:
         return [getattr(triplets[k], side) for k, side in self.members]
 
