@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import orthogonality as orth
 from .errors import ConfigError, ScheduleError, StateError
-from .importance import METRICS, Magnitudes, Smoothed, all_finite, mean_over_vectors
+from .importance import Smoothed
+from .orthogonality import penalty
 from .policy import POLICIES
 from .schedule import Schedule
+from .scoring import Scoring
 from .settings import Settings
-from .stacks import Stack, gradient_of, split, wide
+from .stacks import Stacks, split
 from .trace import Allocation, TraceFile
 from .triplets import Factors, Triplets
 
@@ -66,11 +67,10 @@ class Allocator:
         self.trace_file: TraceFile | None = None
         self._stepping = False
         self._weights_replaced = False
-        self._stacks: list[Stack] = []
-        self._lam_importance: Smoothed | None = None
+        self._settled = False  # nothing pruned is left in memory
         self._lam_before_mask: list[Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
-        self._lay_out()
+        self._stacks, self._scoring = self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
         if self.initial_budget < self.target_budget:
             raise ConfigError(
@@ -165,32 +165,17 @@ class Allocator:
 
     def scores(self) -> Tensor:
         """S of every triplet, matrix after matrix: [sum of sizes]."""
-        metric = METRICS[self.settings.metric]
-        if metric.value is not None:
-            norms = {"p": torch.zeros_like(self._lam()), "q": torch.zeros_like(self._lam())}
-            for stack in self._stacks:
-                lengths = stack.values(self.triplets).norm(dim=-1).flatten()
-                for side, into in norms.items():
-                    ours = self._side_mask(stack, side)
-                    into.index_add_(0, stack.positions[ours], lengths[ours])
-            return metric.value(Magnitudes(self._lam().abs(), norms["p"], norms["q"]))
-        assert metric.entry is not None
-        if self._lam_importance is None:
-            return torch.zeros_like(self._lam())
-        scores = metric.entry(self._lam_importance)
-        for stack in self._stacks:
-            if stack.importance is not None:
-                scores = scores.index_add(0, stack.positions, mean_over_vectors(metric.entry(stack.importance)))
-        return scores
+        self._refresh()
+        return self._scoring.scores()
 
     def orthogonality_error(self) -> float:
         """Mean over all P and Q of ‖XXᵀ - I‖_F."""
-        parts = [orth.errors(stack.values(self.triplets)) for stack in self._stacks]
-        return float(torch.cat(parts).mean()) if parts else 0.0
+        self._refresh()
+        return float(self._stacks.orthogonality_errors().mean())
 
     def penalty(self) -> Tensor:
         """γ·R as a differentiable scalar; :meth:`before_step` already adds its gradient, so do not add both."""
-        return self.settings.orthogonality_weight * orth.penalty(self.triplets, self.settings.orthogonality)
+        return self.settings.orthogonality_weight * penalty(self.triplets, self.settings.orthogonality)
 
     # ---------------------------------------------------------------- one optimizer step
 
@@ -208,8 +193,7 @@ class Allocator:
         """
         if self._stepping and not again:
             return  # an optimizer that wraps another runs the hooks of both
-        self._stepping = any(w.grad is not None for t in self.triplets for w in t.parameters)
-        if not self._stepping:
+        if all(w.grad is None for t in self.triplets for w in t.parameters):
             return
         if self._weights_replaced:
             warnings.warn(
@@ -226,8 +210,11 @@ class Allocator:
                 " callbacks=[AdaLoraCallback()], which reads it there. (Lengths in epochs need"
                 " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own.)"
             )
+        self._stepping = True
         if self.settings.orthogonality_weight:
-            self._add_orthogonality_gradient(grad_scale)
+            self._stacks.add_orthogonality_gradient(
+                self.settings.orthogonality_weight, self.settings.orthogonality, grad_scale
+            )
         if not again and self.settings.sensitivity_at == "before_step":
             self._update_importance(grad_scale)
 
@@ -240,7 +227,7 @@ class Allocator:
             self._update_importance(grad_scale)
         self.step += 1
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        if not self.manual:
+        if self.frozen or not self.manual:
             self._allocate(self.step, optimizer)
 
     def update_and_allocate(self, step: int) -> None:
@@ -264,6 +251,8 @@ class Allocator:
             self.manual = True
             if self._lam_before_mask is not None:  # the hook has masked at its own count of this very step
                 torch._foreach_copy_([t.lam.data for t in self.triplets], self._lam_before_mask)
+                self.mask.fill_(True)
+                self.trace.clear()
         self.step = step
         self._allocate(step, None if self._optimizer is None else self._optimizer())
 
@@ -287,8 +276,9 @@ class Allocator:
         self._apply(self.mask)
         for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
             triplets.keep(mask.nonzero().flatten(), optimizer)
-        self._lay_out()
+        self._stacks, self._scoring = self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.mask.device)
+        self._settled = True
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -299,7 +289,7 @@ class Allocator:
         for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
             for key, value in (*Factors(*triplets.parameters)._asdict().items(), ("mask", mask)):
                 tensors[f"{triplets.name}/{key}"] = value.detach().clone()
-        for name, smoothed in self._importance_by_factor().items():
+        for name, smoothed in self._scoring.averages().items():
             for key, value in smoothed._asdict().items():
                 tensors[f"{name}.{key}"] = value.clone()
         return {
@@ -340,30 +330,34 @@ class Allocator:
                 raise StateError(
                     f"the state's {t.name} is {p.shape[0]} x {q.shape[1]}, the model's {t.p.shape[0]} x {t.q.shape[1]}."
                 )
+            if len(q) != t.rank and not t.is_resizable:
+                raise StateError(
+                    f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph or"
+                    " a compiled or distributed model: load the state before the first forward pass."
+                )
         for t in self.triplets:
             t.assign(Factors(*(tensors[f"{t.name}/{key}"] for key in Factors._fields)))
         self.step, self.frozen, self.manual = state["step"], state["frozen"], state["manual"]
         self.initial_ranks = list(state["initial_ranks"])
         if state["schedule"] is not None:
             self.schedule = Schedule(**state["schedule"])
-        self._lay_out()
+        self._stacks, self._scoring = self._lay_out()
         self._weights_replaced = False
-        device = self.triplets[0].lam.device
-        self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(device)
-        if any(key.endswith(".sensitivity") for key in tensors):
-            self._create_importance()
-        for name, smoothed in self._importance_by_factor().items():
-            for key, value in smoothed._asdict().items():
-                value.copy_(tensors[f"{name}.{key}"])
+        self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
+        self._settled = self.frozen and bool(self.mask.all())
+        names = [key.removesuffix(".sensitivity") for key in tensors if key.endswith(".sensitivity")]
+        self._restore({n: Smoothed(*(tensors[f"{n}.{field}"] for field in Smoothed._fields)) for n in names})
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
-        self.step, self._stepping = 0, False
+        self.step, self._stepping, self._settled, self.schedule = 0, False, False, None
         self.initial_ranks = self.sizes
         self.frozen = self.initial_budget == self.target_budget
-        self._lay_out()
-        self.mask = torch.ones_like(self.mask)
+        self._stacks, self._scoring = self._lay_out()
+        self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self._stacks.device)
         self.trace.clear()
+        if self.settings.total_step is not None:
+            self.plan(self.settings.total_step)
 
     def weights_replaced(self) -> None:
         """To be told when P, Λ, Q were loaded from elsewhere: live is then what is not zero."""
@@ -373,95 +367,37 @@ class Allocator:
 
     def _refresh(self) -> None:
         """Catch up with weights, ranks or a device that changed behind the allocator's back."""
-        device = self.triplets[0].lam.device
-        if self.mask.device != device:
-            self.mask = self.mask.to(device)
-            self._lam_importance = None if self._lam_importance is None else self._lam_importance.to(device)
-            for stack in self._stacks:
-                stack.to(device)
-        if self._weights_replaced or len(self.mask) != sum(self.sizes):
+        if self._weights_replaced or self._stacks.sizes != self.sizes:
             self._weights_replaced = False
-            self._lay_out()
-            self.mask = torch.cat([t.lam.detach() for t in self.triplets]) != 0
+            self._stacks, self._scoring = self._lay_out()
+            self.mask = self._stacks.lam() != 0
+            self._settled = self.frozen and bool(self.mask.all())
+        elif self._stacks.device != self.triplets[0].lam.device:
+            averages = self._scoring.averages()
+            self._stacks, self._scoring = self._lay_out()
+            self.mask = self.mask.to(self._stacks.device)
+            self._restore(averages)
 
-    def _lay_out(self) -> None:
-        """Group the factors by shape; forgets the importance."""
-        sizes = self.sizes
-        offsets = [sum(sizes[:k]) for k in range(len(sizes))]
-        members: dict[tuple[int, int], list[tuple[int, str]]] = {}
-        for k, t in enumerate(self.triplets):
-            for side, d in (("p", t.p.shape[0]), ("q", t.q.shape[1])):
-                if t.rank:
-                    members.setdefault((t.rank, d), []).append((k, side))
-        device = self.triplets[0].lam.device
-        self._stacks = [Stack(group, offsets, rank, device) for (rank, _), group in members.items()]
-        self._lam_importance = None
+    def _lay_out(self) -> tuple[Stacks, Scoring]:
+        """For the present ranks and device; without averages."""
+        stacks = Stacks(self.triplets)
+        return stacks, Scoring(stacks, self.settings.metric)
 
-    def _side_mask(self, stack: Stack, side: str) -> Tensor:
-        rank = len(stack.positions) // len(stack.members)
-        ours = torch.tensor([s == side for _, s in stack.members], device=stack.positions.device)
-        return ours.repeat_interleave(rank)
-
-    def _lam(self) -> Tensor:
-        return wide(torch.cat([t.lam.detach() for t in self.triplets]))
+    def _restore(self, averages: Mapping[str, Smoothed]) -> None:
+        if averages:
+            self._scoring.begin()
+        for name, smoothed in self._scoring.averages().items():
+            for ours, saved in zip(smoothed, averages[name], strict=True):
+                ours.copy_(saved)
 
     def _live_counts(self) -> list[int]:
         return [int(part.sum()) for part in split(self.mask.cpu(), self.sizes)]
 
-    @torch.no_grad()
-    def _add_orthogonality_gradient(self, grad_scale: Tensor | None) -> None:
-        weight = self.settings.orthogonality_weight
-        for stack in self._stacks:
-            update = orth.gradient(stack.values(self.triplets), self.settings.orthogonality, 2 * len(self.triplets))
-            update *= weight if grad_scale is None else weight * grad_scale.to(update.dtype)
-            parameters = stack.parameters(self.triplets)
-            pairs = [
-                (w, rows.mT if side == "p" else rows)
-                for w, rows, (_, side) in zip(parameters, update.unbind(0), stack.members, strict=True)
-                if w.requires_grad
-            ]
-            for w, _ in pairs:
-                if w.grad is None:
-                    w.grad = torch.zeros_like(w)
-            if pairs:
-                gradients = [gradient_of(w) for w, _ in pairs]
-                torch._foreach_add_(
-                    gradients, [rows.to(g.dtype) for g, (_, rows) in zip(gradients, pairs, strict=True)]
-                )
-
-    def _importance_is_due(self) -> bool:
-        """The last update comes the step before the final phase begins."""
-        return (
-            not self.frozen
-            and self.schedule is not None
-            and self.schedule.prunes
-            and METRICS[self.settings.metric].entries != "none"
-            and self.step + 1 < self.schedule.final_step
-        )
-
-    @torch.no_grad()
-    def _create_importance(self) -> None:
-        self._lam_importance = Smoothed.zeros_like(self._lam())
-        if METRICS[self.settings.metric].entries == "all":
-            for stack in self._stacks:
-                stack.importance = Smoothed.zeros_like(stack.values(self.triplets))
-
-    @torch.no_grad()
     def _update_importance(self, grad_scale: Tensor | None) -> None:
-        if not self._importance_is_due():
+        """The last update comes the step before the final phase begins."""
+        if self.frozen or self.schedule is None or self.step + 1 >= self.schedule.final_step:
             return
-        if self._lam_importance is None:
-            self._create_importance()
-        assert self._lam_importance is not None
-        blocks = [(self._lam_importance, self._lam(), wide(torch.cat([gradient_of(t.lam) for t in self.triplets])))]
-        for stack in self._stacks:
-            if stack.importance is not None:
-                blocks.append((stack.importance, stack.values(self.triplets), stack.gradients(self.triplets)))
-        valid = all_finite([g for _, _, g in blocks])
-        for smoothed, w, g in blocks:
-            if grad_scale is not None:
-                g = g / grad_scale.to(g.dtype)
-            smoothed.update_(w, g, self.settings.beta1, self.settings.beta2, valid)
+        self._scoring.update(self.settings.beta1, self.settings.beta2, grad_scale)
 
     def _allocate(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         schedule = self.schedule
@@ -481,16 +417,16 @@ class Allocator:
         if self.trace_file is not None:
             self.trace_file.append(allocation)
         if schedule.is_final(step):
-            self.frozen = True
-            self._lay_out()  # the importance has done its work
+            self.frozen, self._settled = True, False
+            self._stacks, self._scoring = self._lay_out()  # the averages have done their work
             self._settle(optimizer)
 
     def _settle(self, optimizer: torch.optim.Optimizer | None) -> None:
         """In the final phase: compact as soon as nothing pins the shapes; until then hold pruned λ at 0."""
-        if len(self.mask) == self.target_budget:
+        if self._settled:
             return
-        if self.settings.compact and self.is_resizable:
-            self.compact(optimizer)
+        if self.settings.compact and self.is_resizable and not isinstance(optimizer, torch.optim.LBFGS):
+            self.compact(optimizer)  # LBFGS keeps one vector over all parameters, which cannot be sliced
         else:
             self._apply(self.mask)  # the optimizer's momentum has moved them
 
@@ -498,16 +434,3 @@ class Allocator:
     def _apply(self, mask: Tensor) -> None:
         lams = [t.lam.data for t in self.triplets]
         torch._foreach_mul_(lams, split(mask.to(lams[0].dtype), self.sizes))
-
-    def _importance_by_factor(self) -> dict[str, Smoothed]:
-        """Views of the moving averages: "name/p", "name/lam", "name/q" -> [r, d] (singular vectors as rows) or [r]."""
-        parts: dict[str, Smoothed] = {}
-        if self._lam_importance is not None:
-            blocks = [split(block, self.sizes) for block in self._lam_importance]
-            for t, sensitivity, uncertainty in zip(self.triplets, *blocks, strict=True):
-                parts[f"{t.name}/lam"] = Smoothed(sensitivity, uncertainty)
-        for stack in self._stacks:
-            if stack.importance is not None:
-                for place, (k, side) in enumerate(stack.members):
-                    parts[f"{self.triplets[k].name}/{side}"] = Smoothed(*(block[place] for block in stack.importance))
-        return parts

@@ -33,9 +33,6 @@ class Smoothed(NamedTuple):
     def zeros_like(cls, block: Tensor) -> Smoothed:
         return cls(torch.zeros_like(block), torch.zeros_like(block))
 
-    def to(self, device: torch.device) -> Smoothed:
-        return Smoothed(*(average.to(device) for average in self))
-
     def update_(self, w: Tensor, g: Tensor, beta1: float, beta2: float, valid: Tensor) -> None:
         """One step, in place. Where ``valid`` (a boolean scalar) is false nothing changes, without asking the device.
 

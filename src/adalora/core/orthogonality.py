@@ -43,8 +43,8 @@ def gradient(x: Tensor, kind: Orthogonality, factors: int) -> Tensor:
     off.masked_fill_(off.abs() <= ROUNDING * torch.finfo(x.dtype).eps, 0.0)
     if kind == "squared":
         return 4 * (off @ x)
-    norm = _norms(off).clamp_min(torch.finfo(x.dtype).tiny)  # 0/0 at an exactly orthonormal factor
-    return (2 / factors / norm).view(-1, 1, 1) * (off @ x)
+    norms = _norms(off).clamp_min(torch.finfo(x.dtype).tiny)  # 0/0 at an exactly orthonormal factor
+    return 2 / factors * (off / norms.view(-1, 1, 1)) @ x
 
 
 def errors(x: Tensor) -> Tensor:
@@ -59,10 +59,9 @@ def _norms(x: Tensor) -> Tensor:
 
 def penalty(triplets: Iterable[Triplets], kind: Orthogonality = "squared") -> Tensor:
     """R over all matrices as a differentiable scalar: to log, or to add to a loss by hand (with orth_reg_weight=0)."""
-    norms = [
-        deviation(rows.unsqueeze(0)).square().sum() for t in triplets for rows in (t.p.mT, t.q) if rows.shape[0] > 0
-    ]
-    if not norms:
-        return torch.zeros(())
-    squared = torch.stack(norms)
-    return squared.sum() if kind == "squared" else squared.sqrt().mean()
+    factors = [rows for t in triplets for rows in (t.p.mT, t.q)]
+    squared = torch.stack([deviation(rows).square().sum() for rows in factors] or [torch.zeros(())])
+    if kind == "squared":
+        return squared.sum()
+    norms = torch.where(squared > 0, squared, 1.0).sqrt()  # the root has no derivative at 0
+    return torch.where(squared > 0, norms, 0.0).mean()

@@ -36,14 +36,12 @@ def uniform(scores: Tensor, budget: int, sizes: Sequence[int]) -> Tensor:
 def equal_shares(budget: int, sizes: Sequence[int]) -> list[int]:
     """Split a budget as evenly as the sizes allow; what does not divide goes to the matrices that come first."""
     shares = [0] * len(sizes)
-    left = budget
+    left = min(budget, sum(sizes))
     while left > 0:
         open_matrices = [k for k, size in enumerate(sizes) if shares[k] < size]
-        if not open_matrices:
-            break
-        each, extra = divmod(left, len(open_matrices))
-        for place, k in enumerate(open_matrices):
-            grant = min(each + (place < extra), sizes[k] - shares[k])
+        each = max(1, left // len(open_matrices))
+        for k in open_matrices[:left]:
+            grant = min(each, sizes[k] - shares[k])
             shares[k] += grant
             left -= grant
     return shares

@@ -139,9 +139,9 @@ class Schedule:
             return f"{self.total_step} steps at {per_matrix(self.initial_budget)}: nothing to prune, LoRA in SVD form."
         first = math.floor(self.t_init / self.delta_t + 1) * self.delta_t
         every = "every step" if self.delta_t == 1 else f"every {self.delta_t} steps"
-        warm_up = f"1 to {self.t_init}: warm-up" if self.t_init else "no warm-up:"
+        start = f"Steps 1 to {self.t_init}: warm-up" if self.t_init else "No warm-up: starts"
         return (
-            f"{self.total_step} optimizer steps. Steps {warm_up} with {per_matrix(self.initial_budget)}; "
+            f"{self.total_step} optimizer steps. {start} with {per_matrix(self.initial_budget)}; "
             f"steps {self.t_init + 1} to {self.final_step}: {self.curve} pruning to {per_matrix(self.target_budget)}, "
             f"{every} from step {min(first, self.final_step)}; "
             + (

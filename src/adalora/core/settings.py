@@ -50,9 +50,9 @@ class Settings:
                 raise ConfigError(f"{name}={beta} must be at least 0 and below 1; the paper uses 0.85.")
         if not 0 <= self.orthogonality_weight < float("inf"):
             raise ConfigError(f"orth_reg_weight={self.orthogonality_weight} must be a number, 0 or above.")
-        if self.target_rank < 1:
-            raise ConfigError(f"target_r={self.target_rank} must be at least 1 (an average over the matrices).")
-        if self.total_step is not None and (isinstance(self.total_step, bool) or self.total_step < 1):
+        if type(self.target_rank) is not int or self.target_rank < 1:
+            raise ConfigError(f"target_r={self.target_rank!r} must be a whole number, at least 1: an average rank.")
+        if self.total_step is not None and (type(self.total_step) is not int or self.total_step < 1):
             raise ConfigError(f"total_step={self.total_step!r} must be the number of optimizer steps, at least 1.")
         for name, span in (("tinit", self.t_init), ("tfinal", self.t_final), ("deltaT", self.delta_t)):
             to_steps(span, name=name, total_step=1, steps_per_epoch=1.0)  # form only

@@ -7,36 +7,88 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .importance import Smoothed
+from .orthogonality import Orthogonality, errors, gradient
 from .triplets import Triplets
 
 
 class Stack:
-    """All factors of one shape [r, d], as one block [m, r, d]; its members are (matrix, "p" or "q")."""
+    """All factors of one shape [r, d]; its m members are (matrix, "p" or "q")."""
 
-    def __init__(self, members: list[tuple[int, str]], offsets: list[int], rank: int, device: torch.device) -> None:
+    def __init__(self, triplets: Sequence[Triplets], members: list[tuple[int, str]], positions: Tensor) -> None:
+        self.triplets = triplets
         self.members = members
-        starts = torch.tensor([offsets[k] for k, _ in members], device=device)
-        self.positions = (starts.unsqueeze(1) + torch.arange(rank, device=device)).flatten()  # in the score vector
-        self.importance: Smoothed | None = None
+        self.positions = positions  # of its triplets in the vector over all triplets, [m·r]
 
-    def to(self, device: torch.device) -> None:
-        """Follow the model to another device."""
-        self.positions = self.positions.to(device)
-        self.importance = None if self.importance is None else self.importance.to(device)
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [getattr(self.triplets[k], side) for k, side in self.members]
 
-    def parameters(self, triplets: Sequence[Triplets]) -> list[Tensor]:
-        return [getattr(triplets[k], side) for k, side in self.members]
+    def values(self) -> Tensor:
+        """[m, r, d]"""
+        return wide(torch.stack(self._rows([w.detach() for w in self.parameters])))
 
-    def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self) -> Tensor:
+        """[m, r, d], zero where there is none"""
+        return wide(torch.stack(self._rows([gradient_of(w) for w in self.parameters])))
+
+    def of_side(self, side: str) -> Tensor:
+        """Which entries of ``positions`` belong to P, or to Q: boolean, [m·r]."""
+        ours = torch.tensor([s == side for _, s in self.members], device=self.positions.device)
+        return ours.repeat_interleave(len(self.positions) // len(self.members))
+
+    def add_to_gradients(self, update: Tensor) -> None:
+        """Add a block [m, r, d] to the gradients of those members that are trained."""
+        updates = self._rows(list(update.unbind(0)))  # back from rows: transposing is its own inverse
+        trained = [(w, rows) for w, rows in zip(self.parameters, updates, strict=True) if w.requires_grad]
+        for w, _ in trained:
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+        if trained:
+            gradients = [gradient_of(w) for w, _ in trained]
+            torch._foreach_add_(gradients, [rows.to(w.dtype) for w, rows in trained])
+
+    def _rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Singular vectors as rows: Q as it is, P transposed (views)."""
         return [tensor.mT if side == "p" else tensor for tensor, (_, side) in zip(tensors, self.members, strict=True)]
 
-    def values(self, triplets: Sequence[Triplets]) -> Tensor:
-        return wide(torch.stack(self.rows([w.detach() for w in self.parameters(triplets)])))
 
-    def gradients(self, triplets: Sequence[Triplets]) -> Tensor:
-        return wide(torch.stack(self.rows([gradient_of(w) for w in self.parameters(triplets)])))
+class Stacks:
+    """The triplets of one model: λ as one vector, P and Q in blocks of equal shape."""
+
+    def __init__(self, triplets: Sequence[Triplets]) -> None:
+        self.triplets = triplets
+        self.sizes = [t.rank for t in triplets]
+        self.device = triplets[0].lam.device
+        members: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for k, t in enumerate(triplets):
+            for side, d in (("p", t.p.shape[0]), ("q", t.q.shape[1])):
+                if t.rank:
+                    members.setdefault((t.rank, d), []).append((k, side))
+        offsets = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        self.blocks = []
+        for (rank, _), group in members.items():
+            starts = torch.tensor([offsets[k] for k, _ in group], device=self.device)
+            positions = starts.unsqueeze(1) + torch.arange(rank, device=self.device)
+            self.blocks.append(Stack(triplets, group, positions.flatten()))
+
+    def lam(self) -> Tensor:
+        """All λ: [sum of sizes]."""
+        return wide(torch.cat([t.lam.detach() for t in self.triplets]))
+
+    def lam_gradient(self) -> Tensor:
+        return wide(torch.cat([gradient_of(t.lam) for t in self.triplets]))
+
+    @torch.no_grad()
+    def add_orthogonality_gradient(self, weight: float, kind: Orthogonality, grad_scale: Tensor | None) -> None:
+        """γ·∂R/∂P and γ·∂R/∂Q, times the loss scaler's factor if gradients carry one."""
+        for block in self.blocks:
+            update = gradient(block.values(), kind, factors=2 * len(self.triplets))
+            block.add_to_gradients(update * (weight if grad_scale is None else weight * grad_scale.to(update.dtype)))
+
+    @torch.no_grad()
+    def orthogonality_errors(self) -> Tensor:
+        """‖XXᵀ - I‖_F of every P and Q that has vectors left."""
+        return torch.cat([errors(block.values()) for block in self.blocks] or [torch.zeros(1)])
 
 
 def wide(tensor: Tensor) -> Tensor:

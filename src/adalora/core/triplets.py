@@ -168,8 +168,10 @@ class Triplets:
             _replace(parameter, cut(parameter.data), None if parameter.grad is None else cut(parameter.grad))
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == shape:
+                if isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]:
                     state[key] = cut(value)
+                elif isinstance(value, Tensor) and len(shape) == 2 and value.shape == shape[dim : dim + 1]:
+                    state[key] = cut(value, 0)  # a factored second moment, one number a triplet
 
 
 def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
@@ -181,6 +183,8 @@ def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> 
     replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
     replacement.grad = gradient
     replacement.__dict__.update(parameter.__dict__)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        setattr(replacement, hooks, getattr(parameter, hooks))
     torch.utils.swap_tensors(parameter, replacement)  # type: ignore[no-untyped-call]
 
 
@@ -228,8 +232,10 @@ def from_rows(b: Tensor, a: Tensor) -> Factors:
 
     Rows that are zero keep λ = 0 and Q = 0.
     """
-    lam = a.norm(dim=1)
-    return Factors(b, lam, a / lam.clamp_min(torch.finfo(a.dtype).tiny).unsqueeze(1))
+    rows = a.to(torch.promote_types(a.dtype, torch.float32))  # a small row's norm underflows in half precision
+    lam = rows.norm(dim=1)
+    q = rows / lam.clamp_min(torch.finfo(rows.dtype).tiny).unsqueeze(1)
+    return Factors(b, lam.to(a), q.to(a))
 
 
 @torch.no_grad()
