@@ -20,7 +20,10 @@ def budget(t: int, *, b0: int, bT: int, T: int, t_init: int, t_final: int) -> in
 
 
 class Algorithm1:
-    """Holds P, E (the paper's Λ in the authors' code) and Q of every matrix and the two moving averages of each."""
+    """P, E (the paper's Λ in the authors' code) and Q of every matrix, and two moving averages of each.
+
+    Parameters are trained in place, as parts of a model; plain tensors are copied.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,10 @@ class Algorithm1:
         gamma: float,
     ) -> None:
         self.matrices = [
-            {key: torch.nn.Parameter(value.clone()) for key, value in zip("PEQ", matrix, strict=True)}
+            {
+                key: value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value.clone())
+                for key, value in zip("PEQ", matrix, strict=True)
+            }
             for matrix in matrices
         ]
         self.I_bar = [{key: torch.zeros_like(w) for key, w in m.items()} for m in self.matrices]
