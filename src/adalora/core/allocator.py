@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Allocator:
         self.trace_file: TraceFile | None = None
         self._stepping = False
         self._weights_replaced = False
-        self._settled = False  # nothing pruned is left in memory
+        self._settled = self.frozen  # nothing pruned is left in memory
         self._lam_before_mask: list[Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
         self._stacks, self._scoring = self._lay_out()
@@ -78,12 +79,7 @@ class Allocator:
                 f" (target_r={settings.target_rank} x {len(names)} matrices): AdaLoRA only prunes. Raise init_r (or"
                 " rank_pattern) or lower target_r."
             )
-        if settings.total_step is not None:
-            try:
-                self.plan(settings.total_step)
-            except ScheduleError:
-                if not any(isinstance(s, str) for s in (settings.t_init, settings.t_final, settings.delta_t)):
-                    raise  # else: epochs, which wait for a plan that knows their length
+        self._plan_if_told()
         LIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,11 +96,12 @@ class Allocator:
         """Triplets held by each matrix, pruned ones included until they are compacted away."""
         return [t.rank for t in self.triplets]
 
-    @property
-    def is_resizable(self) -> bool:
+    def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Whether ranks can be compacted in memory now. Distributed wrappers keep buffers of the parameters' sizes."""
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return (alone or torch.distributed.get_world_size() == 1) and all(t.is_resizable for t in self.triplets)
+        if not alone and torch.distributed.get_world_size() > 1:
+            return False
+        return all(t.is_resizable(optimizer) for t in self.triplets)
 
     @property
     def initial_budget(self) -> int:
@@ -267,10 +264,11 @@ class Allocator:
                 f"pruning goes on until {'the final phase' if self.schedule is None else self.schedule.final_step}"
                 f" (now at step {self.step}) and pruned triplets may still return; what is saved is always compact."
             )
-        if not self.is_resizable:
+        if not self.is_resizable(optimizer):
             raise StateError(
                 "the adapter's parameters are still held by a graph (a loss kept with retain_graph=True?) or by a"
-                " compiled or distributed model, which pins their shapes; what is saved is always compact."
+                " compiled or distributed model, or the optimizer's state cannot be sliced (8-bit, LBFGS): their shapes"
+                " are pinned; what is saved is always compact."
             )
         self._refresh()
         self._apply(self.mask)
@@ -330,7 +328,7 @@ class Allocator:
                 raise StateError(
                     f"the state's {t.name} is {p.shape[0]} x {q.shape[1]}, the model's {t.p.shape[0]} x {t.q.shape[1]}."
                 )
-            if len(q) != t.rank and not t.is_resizable:
+            if len(q) != t.rank and not t.is_resizable():
                 raise StateError(
                     f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph or"
                     " a compiled or distributed model: load the state before the first forward pass."
@@ -350,14 +348,13 @@ class Allocator:
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
-        self.step, self._stepping, self._settled, self.schedule = 0, False, False, None
+        self.step, self._stepping, self.schedule = 0, False, None
         self.initial_ranks = self.sizes
-        self.frozen = self.initial_budget == self.target_budget
+        self.frozen = self._settled = self.initial_budget == self.target_budget
         self._stacks, self._scoring = self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self._stacks.device)
         self.trace.clear()
-        if self.settings.total_step is not None:
-            self.plan(self.settings.total_step)
+        self._plan_if_told()
 
     def weights_replaced(self) -> None:
         """To be told when P, Λ, Q were loaded from elsewhere: live is then what is not zero."""
@@ -378,6 +375,12 @@ class Allocator:
             self.mask = self.mask.to(self._stacks.device)
             self._restore(averages)
 
+    def _plan_if_told(self) -> None:
+        """Lay out the schedule if the settings alone say how; epochs wait for a plan that knows their length."""
+        spans = (self.settings.t_init, self.settings.t_final, self.settings.delta_t)
+        if self.settings.total_step is not None and not any(isinstance(span, str) for span in spans):
+            self.plan(self.settings.total_step)
+
     def _lay_out(self) -> tuple[Stacks, Scoring]:
         """For the present ranks and device; without averages."""
         stacks = Stacks(self.triplets)
@@ -391,7 +394,8 @@ class Allocator:
                 ours.copy_(saved)
 
     def _live_counts(self) -> list[int]:
-        return [int(part.sum()) for part in split(self.mask.cpu(), self.sizes)]
+        flags = iter(self.mask.tolist())  # one wait for the device, however many matrices
+        return [sum(islice(flags, size)) for size in self.sizes]
 
     def _update_importance(self, grad_scale: Tensor | None) -> None:
         """The last update comes the step before the final phase begins."""
@@ -425,8 +429,8 @@ class Allocator:
         """In the final phase: compact as soon as nothing pins the shapes; until then hold pruned λ at 0."""
         if self._settled:
             return
-        if self.settings.compact and self.is_resizable and not isinstance(optimizer, torch.optim.LBFGS):
-            self.compact(optimizer)  # LBFGS keeps one vector over all parameters, which cannot be sliced
+        if self.settings.compact and self.is_resizable(optimizer):
+            self.compact(optimizer)
         else:
             self._apply(self.mask)  # the optimizer's momentum has moved them
 

@@ -23,10 +23,12 @@ class Stack:
     def parameters(self) -> list[Tensor]:
         return [getattr(self.triplets[k], side) for k, side in self.members]
 
+    @torch.no_grad()
     def values(self) -> Tensor:
         """[m, r, d]"""
-        return wide(torch.stack(self._rows([w.detach() for w in self.parameters])))
+        return wide(torch.stack(self._rows(self.parameters)))
 
+    @torch.no_grad()
     def gradients(self) -> Tensor:
         """[m, r, d], zero where there is none"""
         return wide(torch.stack(self._rows([gradient_of(w) for w in self.parameters])))
@@ -36,6 +38,7 @@ class Stack:
         ours = torch.tensor([s == side for _, s in self.members], device=self.positions.device)
         return ours.repeat_interleave(len(self.positions) // len(self.members))
 
+    @torch.no_grad()
     def add_to_gradients(self, update: Tensor) -> None:
         """Add a block [m, r, d] to the gradients of those members that are trained."""
         updates = self._rows(list(update.unbind(0)))  # back from rows: transposing is its own inverse
@@ -71,10 +74,12 @@ class Stacks:
             positions = starts.unsqueeze(1) + torch.arange(rank, device=self.device)
             self.blocks.append(Stack(triplets, group, positions.flatten()))
 
+    @torch.no_grad()
     def lam(self) -> Tensor:
         """All λ: [sum of sizes]."""
-        return wide(torch.cat([t.lam.detach() for t in self.triplets]))
+        return wide(torch.cat([t.lam for t in self.triplets]))
 
+    @torch.no_grad()
     def lam_gradient(self) -> Tensor:
         return wide(torch.cat([gradient_of(t.lam) for t in self.triplets]))
 
@@ -97,7 +102,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def split(flat: Tensor, sizes: list[int]) -> list[Tensor]:

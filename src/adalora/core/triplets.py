@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from .errors import ConfigError
 
 Initialization = Literal["orthonormal", "gaussian"]
+TRIPLET_DIMS = (1, 0, 0)  # of P, Λ and Q: the dimension that counts triplets
 GAUSSIAN_STD = 0.02  # the authors' initial standard deviation of P and Q
 
 
@@ -151,27 +152,61 @@ class Triplets:
             else:
                 _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
 
-    @property
-    def is_resizable(self) -> bool:
-        """False while something else holds the parameters' storage: a retained graph, or a compiled model."""
-        return all(_is_free(parameter) for parameter in self.parameters)
+    def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Whether the rank can change in memory.
+
+        Not while something else holds the parameters' storage (a retained graph, a compiled model), nor with a state of
+        the optimizer that does not come apart by triplets: blocks of a flat tensor, as 8-bit optimizers and LBFGS keep.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return False
+        states = [
+            (value, parameter.shape, dim)
+            for parameter, dim in zip(self.parameters, TRIPLET_DIMS, strict=True)
+            for value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).values()
+        ]
+        return all(_is_free(parameter) for parameter in self.parameters) and all(
+            _state_dim(*state) is not None for state in states
+        )
 
     @torch.no_grad()
     def keep(self, index: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Slice P, Λ, Q, their gradients and the optimizer's state down to the triplets in ``index`` (int64, [k])."""
-        for parameter, dim in ((self.p, 1), (self.lam, 0), (self.q, 0)):
+        for parameter, dim in zip(self.parameters, TRIPLET_DIMS, strict=True):
 
             def cut(tensor: Tensor, dim: int = dim) -> Tensor:
                 return tensor.index_select(dim, index).contiguous()
 
-            shape = parameter.shape
-            _replace(parameter, cut(parameter.data), None if parameter.grad is None else cut(parameter.grad))
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]:
-                    state[key] = cut(value)
-                elif isinstance(value, Tensor) and len(shape) == 2 and value.shape == shape[dim : dim + 1]:
-                    state[key] = cut(value, 0)  # a factored second moment, one number a triplet
+                state_dim = _state_dim(value, parameter.shape, dim)
+                if isinstance(value, Tensor) and state_dim is not None and state_dim >= 0:
+                    state[key] = cut(value, state_dim)
+            _replace(parameter, cut(parameter.data), None if parameter.grad is None else cut(parameter.grad))
+
+
+def _state_dim(value: object, shape: torch.Size, dim: int) -> int | None:
+    """Along which dimension a value of an optimizer's state has one entry a triplet: -1 for none, None if unknown.
+
+    Known are moments of the parameter's shape, and factored second moments of its rows and columns.
+    """
+    if not isinstance(value, Tensor):
+        return None if isinstance(value, (list, tuple, dict)) else -1
+    if value.numel() <= 1 and value.shape != shape:
+        return -1  # a step counter
+    if not value.is_floating_point():
+        return None
+    if value.shape == shape:
+        return dim
+    if len(shape) == 2:
+        rank, other = shape[dim], shape[1 - dim]
+        along, across = torch.Size([rank]), torch.Size([other])
+        kept = torch.Size([1, rank] if dim == 1 else [rank, 1]), torch.Size([other, 1] if dim == 1 else [1, other])
+        if value.shape in (kept[0], along) and rank != other:
+            return dim if value.ndim == 2 else 0
+        if value.shape in (kept[1], across) and rank != other:
+            return -1
+    return None
 
 
 def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
@@ -180,8 +215,9 @@ def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> 
     ``parameter.data = data`` would do until the next backward pass: a loop that still holds its last loss also holds
     the node that accumulates this parameter's gradient, which remembers the old shape.
     """
-    replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    replacement.grad = gradient
+    trained = parameter.requires_grad or parameter.numel() == 0
+    replacement = nn.Parameter(data, requires_grad=trained and data.numel() > 0)  # some optimizers trip over empty ones
+    replacement.grad = gradient if replacement.requires_grad else None
     replacement.__dict__.update(parameter.__dict__)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         setattr(replacement, hooks, getattr(parameter, hooks))

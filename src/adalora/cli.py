@@ -1,0 +1,305 @@
+"""The command line: ``adalora train | evaluate | predict``.
+
+Everything heavy is imported inside the commands, so that help is quick and needs no extra. Every mistake of a user
+ends in one message on stderr and exit code 2, a failure at run time in exit code 1; ADALORA_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("Error: the command line needs the train extra: pip install 'adalora[train]'")
+
+from . import __version__
+from .core.errors import AdaLoraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .recipe import Recipe
+    from .runs import Mode
+    from .training import Prepared
+
+_EXTRA_OF = dict.fromkeys(
+    ("accelerate", "datasets", "matplotlib", "pydantic", "rich", "scipy", "sklearn", "yaml"), "train"
+)
+
+app = typer.Typer(
+    name="adalora",
+    help="Fine-tune under a parameter budget with AdaLoRA; what comes out is an ordinary LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _flag(key: str, *names: str, what: str) -> Any:
+    return typer.Option(*names, help=f"{what} ({key})", show_default=False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"adalora {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe, a YAML file. Without one: the demo.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe, such as adalora.tfinal=0.2."),
+    ] = None,
+    model: Annotated[str | None, _flag("model", "--model", what="Folder or hub name of the model.")] = None,
+    task: Annotated[str | None, _flag("task", "--task", what="classification or regression.")] = None,
+    train_data: Annotated[
+        str | None, _flag("data.train", "--train", what="Training rows: file, folder or hub name.")
+    ] = None,
+    eval_data: Annotated[str | None, _flag("data.eval", "--eval", what="Held-out rows, as --train.")] = None,
+    text: Annotated[str | None, _flag("data.text", "--text", what="Column with the text.")] = None,
+    text_pair: Annotated[
+        str | None, _flag("data.text_pair", "--text-pair", what="Column with the second text.")
+    ] = None,
+    label: Annotated[str | None, _flag("data.label", "--label", what="Column with the class or number.")] = None,
+    max_length: Annotated[int | None, _flag("data.max_length", "--max-length", what="Tokens kept of a row.")] = None,
+    target_r: Annotated[int | None, _flag("adalora.target_r", "--target-r", what="Average rank at the end.")] = None,
+    init_r: Annotated[int | None, _flag("adalora.init_r", "--init-r", what="Rank at the start.")] = None,
+    epochs: Annotated[
+        float | None, _flag("training.num_train_epochs", "--epochs", what="Passes over the training rows.")
+    ] = None,
+    lr: Annotated[float | None, _flag("training.learning_rate", "--lr", what="Highest learning rate.")] = None,
+    batch_size: Annotated[
+        int | None, _flag("training.per_device_train_batch_size", "--batch-size", what="Rows in a batch.")
+    ] = None,
+    output: Annotated[str | None, _flag("output", "--output", "-o", what="Folder of the run.")] = None,
+    seed: Annotated[int | None, _flag("seed", "--seed", what="Seed of everything random.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
+    ] = False,
+) -> None:
+    """Fine-tune a model: by a RECIPE, by flags, or, with neither, the demo (MiniLM on film reviews).
+
+    Flags and --set take the place of what the recipe says.
+    """
+    flags = {
+        "model": model,
+        "task": task,
+        "data.train": train_data,
+        "data.eval": eval_data,
+        "data.text": text,
+        "data.text_pair": text_pair,
+        "data.label": label,
+        "data.max_length": max_length,
+        "adalora.target_r": target_r,
+        "adalora.init_r": init_r,
+        "training.num_train_epochs": epochs,
+        "training.learning_rate": lr,
+        "training.per_device_train_batch_size": batch_size,
+        "output": output,
+        "seed": seed,
+    }
+    if overwrite and resume:
+        raise typer.BadParameter("--overwrite and --resume exclude each other: replace the run, or continue it")
+    given = {key: value for key, value in flags.items() if value is not None}
+    mode: Mode = "overwrite" if overwrite else "resume" if resume else "new"
+    _train(_recipe(recipe, given, assignments or [], resume), mode)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="Other rows: file, folder or hub name.", show_default=False)] = None,
+    split: Annotated[str | None, typer.Option(help="Another split.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a finished run on its held-out rows, or on others with the same columns."""
+    _quieten()
+    from .files import to_json
+    from .inference import evaluate_run
+    from .report.terminal import console, metric_table
+
+    found = evaluate_run(run, data, split, batch_size)
+    if as_json:
+        typer.echo(to_json(found._asdict()))
+        return
+    out = console()
+    out.print(f"{found.rows:,} rows of {found.source}")
+    out.print(metric_table(found.metrics, found.baseline, found.baseline_answer))
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be given several times.")] = None,
+    text_pair: Annotated[
+        list[str] | None, typer.Option("--text-pair", help="The second text to each --text, where there are pairs.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Texts: the lines of a .txt, or the run's columns of a data file.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Ask a finished run about texts."""
+    if bool(text) == (file is not None):
+        raise typer.BadParameter("give texts with --text, or a file of them with --file")
+    _quieten()
+    from .files import to_json
+    from .inference import predict_run, read_texts
+    from .report.terminal import answer_table, console
+
+    texts, pairs = (text or [], text_pair) if file is None else read_texts(run, file)
+    answers = predict_run(run, texts, pairs, batch_size)
+    given = [{"text": first} for first in texts]
+    if pairs:
+        given = [{**row, "text_pair": second} for row, second in zip(given, pairs, strict=True)]
+    if as_json:
+        for row, answer in zip(given, answers, strict=True):
+            typer.echo(to_json({**row, **answer}))
+        return
+    console().print(answer_table(given, answers))
+
+
+def main() -> None:
+    """Run the command line; every deliberate error becomes one line."""
+    try:
+        app()
+    except AdaLoraError as error:
+        _fail(str(error), 1 if isinstance(error, RuntimeError) else 2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        advice = f"pip install 'adalora[{extra}]'" if extra else f"pip install {error.name}"
+        _fail(f"this needs the package {error.name}: {advice}", 2)
+    except Exception as error:  # whatever it is, a user reads one line; a developer asks for more
+        _fail(f"{type(error).__name__}: {error} (ADALORA_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("ADALORA_DEBUG", "") not in {"", "0"}:
+        traceback.print_exc()
+    typer.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def _recipe(file: Path | None, flags: dict[str, Any], assignments: list[str], resume: bool) -> Recipe:
+    """The recipe that the command line asks for: a file's, the interrupted run's own, or the demo's, changed by flags
+    and --set."""
+    from . import recipe as recipes
+    from .runs import RunFolder
+
+    values = {**flags, **recipes.assigned(assignments)}
+    if file is not None:
+        base, source = recipes.read_raw(file), str(file)
+    elif resume:
+        values.setdefault("output", recipes.demo_raw()["output"])
+        folder = RunFolder(Path(str(values["output"])).expanduser())
+        folder.check_target("resume")
+        base, source = recipes.read_raw(folder.recipe), str(folder.recipe)
+    elif "data.train" in values:
+        base, source = {"model": recipes.DEMO_MODEL}, "command line"
+    else:
+        base, source = recipes.demo_raw(), "command line"
+    return recipes.validate(recipes.with_values(base, values), source)
+
+
+def _train(recipe: Recipe, mode: Mode) -> None:
+    _quieten()
+    from .progress import ShowProgress
+    from .report import terminal
+    from .training import prepare, train
+
+    out = terminal.console()
+    out.print("reading data and model ...", style="dim")
+    prepared = prepare(recipe, mode)
+    if prepared.finished is not None:
+        out.print(f"The run in {prepared.folder.path} is finished already, and nothing was to be done.")
+        terminal.print_summary(out, prepared.folder.path, prepared.finished)
+        return
+    _announce(out, prepared)
+    progress = ShowProgress(out, prepared.task.metric_names)
+    try:
+        metrics = train(prepared, [progress])
+    except KeyboardInterrupt:
+        progress.stop()
+        typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.stop()
+    terminal.print_summary(out, prepared.folder.path, metrics)
+
+
+def _announce(out: Console, prepared: Prepared) -> None:
+    """What will happen, in words."""
+    from .report import terminal
+
+    recipe, (answer, baseline) = prepared.recipe, prepared.baseline
+    data, training, method = recipe.data, recipe.training, recipe.adalora
+    trainable, frozen = prepared.trainable_parameters, prepared.frozen_parameters
+    matrices = len(prepared.initial_ranks)
+    headline = next(name for name, value in baseline.items() if math.isfinite(value))
+    held_out = f"{data.eval or data.train}" if data.eval else f"{data.eval_split} of {data.train}"
+    lines = {
+        "Task": f"{recipe.task}" + (f" into {', '.join(data.label_names)}" if data.label_names else ""),
+        "Data": f"{len(prepared.train):,} training rows from {data.train}\n"
+        f"{len(prepared.evaluation):,} held-out rows from {held_out}\n"
+        f"To beat: {answer}, {headline} {terminal.number(baseline[headline])}",
+        "Model": f"{recipe.model}, {frozen:,} frozen parameters",
+        "Adapter": f"{matrices} matrices, rank {method.init_r} each to begin with, {method.target_r} on average at the "
+        f"end; {trainable:,} trainable parameters ({trainable / (trainable + frozen):.2%})",
+        "Schedule": prepared.schedule,
+        "Training": f"{prepared.total_steps:,} steps of {prepared.rows_per_step} rows, learning rate "
+        f"{training.learning_rate:g}, seed {recipe.seed}",
+        "Output": str(prepared.folder.path),
+    }
+    if prepared.mode == "resume":
+        lines["Resuming"] = (
+            f"after step {prepared.resumed_step}"
+            if prepared.checkpoint
+            else "from the beginning: the interrupted run has no complete checkpoint"
+        )
+    terminal.print_lines(out, lines)
+
+
+def _quieten() -> None:
+    """Leave the terminal to us: the libraries' own bars, reports and warnings are for their developers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in a line; what is deprecated where is for developers."""
+    if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+        typer.echo(f"Warning: {message}", err=True)

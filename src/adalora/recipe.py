@@ -1,0 +1,338 @@
+"""A validated recipe: everything that one training run depends on, in one YAML file.
+
+Field names are those of PEFT (section ``adalora``) and Transformers (section ``training``). A key that is not
+a field is an error that names the nearest one; nothing is ever ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from .core.errors import AdaLoraError
+
+DEMO_MODEL = "demo:minilm"
+DEMO_REVIEWS = "demo:rotten_tomatoes"
+
+
+class RecipeError(AdaLoraError):
+    """A recipe that cannot be run: what was given, what was expected, what to do."""
+
+
+def _check_steps(value: object) -> object:
+    """Let through what may be a length of training, for the schedule to judge; anything else gets one message."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return value
+    raise ValueError('should be a number of steps (200), a fraction of all steps (0.1) or epochs ("2 epochs")')
+
+
+def _check_fraction_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("should be a whole number of steps, or a fraction of all steps below 1")
+    return value
+
+
+Steps = Annotated[int | float | str, BeforeValidator(_check_steps)]
+"""Steps (int), a fraction of all steps (float below 1), or ``"2 epochs"``."""
+
+Interval = Annotated[float, Field(ge=0), AfterValidator(_check_fraction_or_count)]
+"""Steps (1 or more), or a fraction of all steps (below 1)."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """Where the rows come from and which columns matter."""
+
+    train: str = Field(
+        description="Training rows: a CSV, TSV, JSON lines or Parquet file, a folder saved with save_to_disk, "
+        f"the name of a data set on the hub, or {DEMO_REVIEWS}."
+    )
+    eval: str | None = Field(None, description="Held-out rows, as `train`. Default: another split of `train`.")
+    config: str | None = Field(None, description="Configuration of a hub data set, such as sst2 of glue.")
+    train_split: str = Field("train", description="Split to train on, where the source has splits.")
+    eval_split: str = Field("validation", description="Split to evaluate on, where the source has splits.")
+    text: str = Field("text", description="Column with the text.")
+    text_pair: str | None = Field(None, description="Column with the second text, for tasks on pairs.")
+    label: str = Field("label", description="Column with the class or the number to predict.")
+    label_names: list[str] | None = Field(None, description="The classes, in the order of the model's outputs.")
+    max_length: int = Field(128, ge=4, description="Tokens kept of each row.")
+    max_train_rows: int | None = Field(None, ge=1, description="Train on a fixed random sample of so many rows.")
+    max_eval_rows: int | None = Field(None, ge=1, description="Evaluate on a fixed random sample of so many rows.")
+
+
+class AdaLoraSection(_Section):
+    """The method: the fields of ``adalora.AdaLoraConfig``, which checks their meaning."""
+
+    target_r: int = Field(4, ge=1, description="Average rank of a matrix at the end of training.")
+    init_r: int | None = Field(None, ge=1, description="Rank of every matrix at the start. Default: 1.5 x target_r.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="The update's scale is alpha / init_r. Default: 2 x init_r."
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules to adapt, as in PEFT.")
+    exclude_modules: str | list[str] | None = Field(None, description="Modules to leave alone, as in PEFT.")
+    modules_to_save: list[str] | None = Field(None, description="Further modules to train in full, as in PEFT.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(init_r) instead.")
+    tinit: Steps = Field(0.1, description="Length of the start, at full budget.")
+    tfinal: Steps = Field(0.3, description="Length of the end, at the target budget with ranks fixed.")
+    deltaT: Steps = Field(0.01, description="Time between two allocations.")  # noqa: N815 (PEFT's name)
+    beta1: float = Field(0.85, ge=0, lt=1, description="Smoothing of the sensitivity.")
+    beta2: float = Field(0.85, ge=0, lt=1, description="Smoothing of the uncertainty.")
+    orth_reg_weight: float = Field(0.1, ge=0, description="Weight of the orthogonality penalty.")
+    orthogonality: str = Field("squared", description="Form of the penalty: squared or frobenius.")
+    importance: str = Field("sensitivity_uncertainty", description="Which importance metric ranks the triplets.")
+    policy: str = Field("global_topk", description="How the budget is divided among matrices.")
+    schedule: str = Field("cubic", description="How the budget falls: cubic, linear or constant.")
+    initialization: str = Field("orthonormal", description="P and Q at the start: orthonormal or gaussian.")
+    singular_gain: float | Literal["auto"] = Field(
+        "auto", description="Gain on the singular values; 1.0 is the paper's."
+    )
+    sensitivity_at: str = Field("before_step", description="Weights that the sensitivity is taken at.")
+    compact: bool = Field(True, description="Slice pruned triplets away in memory when the final phase begins.")
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> AdaLoraSection:
+        if self.init_r is None:
+            self.init_r = math.ceil(1.5 * self.target_r)
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.init_r
+        return self
+
+
+class TrainingSection(_Section):
+    """The optimisation: fields of ``transformers.TrainingArguments``."""
+
+    num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; when above 0, replaces num_train_epochs.")
+    learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    lr_scheduler_type: str = Field("linear", description="How the learning rate changes.")
+    warmup_steps: Interval = Field(0.06, description="Steps, or fraction of all steps, of rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0: never.")
+    per_device_train_batch_size: int = Field(32, ge=1, description="Rows in a training batch.")
+    per_device_eval_batch_size: int = Field(64, ge=1, description="Rows in an evaluation batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches in an optimizer step.")
+    gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
+    bf16: bool = Field(False, description="Mixed precision with bfloat16.")
+    fp16: bool = Field(False, description="Mixed precision with float16.")
+    group_by_length: bool = Field(True, description="Batches of rows of like length: less padding, faster.")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate on the way.")
+    eval_steps: Interval | None = Field(None, description="With eval_strategy steps: how often.")
+    logging_steps: int = Field(10, ge=1, description="Steps between two values of the training loss.")
+    save_steps: Interval = Field(0.1, gt=0, description="Steps, or fraction of all steps, between two checkpoints.")
+    save_total_limit: int = Field(2, ge=2, description="Checkpoints to keep; resuming needs two.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSection:
+        if self.max_steps == 0:
+            raise ValueError("max_steps should be 1 or more, or -1 to go by num_train_epochs (given: 0)")
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            raise ValueError("eval_strategy is steps, so eval_steps must say how often")
+        return self
+
+
+class Facts(_Section):
+    """What a run found out about its input. Written by the run, replaced by the next one."""
+
+    train_rows: int
+    eval_rows: int
+    train_digest: str = Field(description="SHA-256 of the training rows, by which --resume knows them again.")
+    versions: dict[str, str] = Field(description="Packages that the run used.")
+
+
+class Recipe(_Section):
+    """One training run."""
+
+    model: str = Field(description=f"Model to adapt: a folder, a name on the hub, or {DEMO_MODEL}.")
+    task: str = Field("classification", description="classification or regression.")
+    output: str = Field("runs/adalora", description="Folder of the run.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
+    data: DataSection
+    adalora: AdaLoraSection = Field(AdaLoraSection.model_validate({}), description="The method.")
+    training: TrainingSection = Field(TrainingSection.model_validate({}), description="The optimisation.")
+    facts: Facts | None = Field(None, description="Filled in by the run.")
+
+
+# --- from and to YAML -------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where people expect it: ``no`` is a word, 1e-3 a number; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that ``text`` says; RecipeError naming ``source`` and the line when it is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{source} is not valid YAML{where}: {reason}") from error
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """A recipe file as plain dictionaries, not yet validated."""
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}: give the path of a YAML file, or none at all for the demo")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a recipe: a recipe is a YAML text file") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is not a recipe: expected keys such as `model:` and `data:` at the top")
+    return raw
+
+
+def demo_raw() -> dict[str, Any]:
+    """The built-in demo, which ``recipes/rotten_tomatoes.yaml`` spells out."""
+    return {
+        "model": DEMO_MODEL,
+        "output": "runs/rotten_tomatoes",
+        "data": {"train": DEMO_REVIEWS},
+        "adalora": {"exclude_modules": ["pooler.dense"]},
+        "training": {"learning_rate": 5e-3},
+    }
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """The value at each dotted key of ``key=value`` texts, values read as YAML."""
+    values = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as --set training.learning_rate=1e-3")
+        values[key.strip()] = parse_yaml(value, f"--set {assignment}")
+    return values
+
+
+def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``raw`` with the value at each dotted key replaced."""
+    result = dict(raw)
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if not rest:
+            result[head] = value
+            continue
+        section = result.get(head) or {}
+        if not isinstance(section, Mapping):
+            raise RecipeError(f"{key}: `{head}` is a single value, not a section")
+        result[head] = with_values(section, {rest: value})
+    return result
+
+
+def validate(raw: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe that ``raw`` describes; RecipeError with one line for each fault."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_explain(detail) for detail in error.errors()]
+    if len(faults) == 1:
+        raise RecipeError(f"{source}: {faults[0]}")
+    raise RecipeError("\n  ".join([f"{source} has {len(faults)} faults:", *faults]))
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that ``read_raw`` and ``validate`` turn back into an equal one."""
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(before: Recipe, after: Recipe, ignore: Iterable[str] = ()) -> list[str]:
+    """The dotted keys whose values differ, each with both values, apart from those in ``ignore``."""
+    old, new = dict(_flat(before.model_dump())), dict(_flat(after.model_dump()))
+    ignored = tuple(f"{key}." for key in ignore)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not f"{key}.".startswith(ignored)]
+    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- faults in words --------------------------------------------------------------------------------
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One fault that pydantic found, in a sentence that starts with the dotted key."""
+    keys = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(keys)
+    where = ".".join(key for key in keys if not _is_union_branch(key))
+    if detail["type"] == "missing":
+        return f"{where} is missing"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if detail["type"] == "model_type":
+        message = "should be a section with keys of its own"
+    given = "" if "(given" in message else f" (given: {_short(detail['input'])})"
+    return f"{where}: {message}{given}" if where else message + given
+
+
+def _is_union_branch(key: str) -> bool:
+    """Pydantic adds the member of a union that it tried, such as ``list[str]``, to the place of a fault."""
+    return key in {"str", "int", "float", "bool"} or bool(re.match(r"(list|literal|constrained|function)[-\[]", key))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key(keys: list[str]) -> str:
+    """Name the nearest key of the same section, or the section where the key does belong."""
+    *parents, key = keys
+    section = _section(parents)
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    homes = [name for name in ("data", "adalora", "training") if key in _section([name]).model_fields]
+    if homes:
+        advice = f"it belongs in the section `{homes[0]}`"
+    elif near:
+        advice = f"did you mean `{'.'.join([*parents, near[0]])}`?"
+    elif key in Recipe.model_fields:
+        advice = f"`{key}` belongs at the top"
+    else:
+        advice = f"known keys are {', '.join(section.model_fields)}"
+    return f"unknown key `{'.'.join(keys)}`: {advice}"
+
+
+def _section(keys: list[str]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for key in keys:
+        annotation = model.model_fields[key].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return model

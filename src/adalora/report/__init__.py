@@ -1,0 +1,1 @@
+"""From a run's ``trace.jsonl`` and ``metrics.json`` to tables and pictures. Knows neither PEFT nor the allocator."""

@@ -1,0 +1,142 @@
+"""A run in the terminal: ranks by layer and module, metrics beside the baseline."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .grid import Grid, arrange
+
+_CELL = 4  # width of a column of ranks, borders included
+
+_EXAMPLE = {
+    False: '--text "A delight from start to finish."',
+    True: '--text "A man sings." --text-pair "Someone sings."',
+}
+
+_LOADING = """\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+model = PeftModel.from_pretrained(base, {folder!r})"""
+
+
+def number(value: float | None) -> str:
+    """A metric for people: three digits behind the point, or that it is not defined."""
+    return "undefined" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def console() -> Console:
+    """Where results go. Elsewhere than on a terminal, lines are as long as they are."""
+    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
+
+
+def print_lines(out: Console, lines: Mapping[str, str]) -> None:
+    """Named facts, one below the other."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
+    out.print(table)
+    out.print()
+
+
+def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """What ``metrics.json`` says, and what to do next."""
+    ranks: dict[str, int] = metrics["ranks"]
+    live, matrices = metrics["live_triplets"], len(ranks)
+    out.print()
+    out.print(f"Learned ranks: {live} of {metrics['initial_triplets']} triplets live, {_average(live, matrices)}")
+    out.print(rank_table(ranks, out.width))
+    out.print(metric_table(metrics["metrics"], metrics["baseline"]["metrics"], metrics["baseline"]["answer"]))
+    minutes, seconds = divmod(round(metrics["seconds"]), 60)
+    out.print(f"Trained in {minutes} min {seconds} s. In {folder}:")
+    print_lines(
+        out,
+        {
+            "  adapter_model.safetensors": f"the adapter, plain LoRA, {metrics['adapter_bytes'] / 1e3:,.0f} kB",
+            "  ranks.png": "a picture of the learned ranks",
+            "  metrics.json, trace.jsonl": "the figures above, and each allocation on the way",
+            "  recipe.yaml": "what was run, with every setting",
+        },
+    )
+    place = shlex.quote(str(folder))
+    out.print("Next:")
+    out.print(f"  adalora evaluate {place}", soft_wrap=True)
+    out.print(f"  adalora predict {place} {_EXAMPLE[metrics['pairs']]}", soft_wrap=True)
+    out.print("or anywhere, with PEFT alone:")
+    for line in _LOADING.format(folder=str(folder), **metrics["loading"]).splitlines():
+        out.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+def _average(live: int, matrices: int) -> str:
+    whole, rest = divmod(live, matrices)
+    return f"{live} = {whole} x {matrices} matrices" if rest == 0 else f"{live / matrices:.2f} on average"
+
+
+def answer_table(texts: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> Table:
+    """Each text with what the model says about it."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    columns = [name for name in answers[0] if name != "scores"] if answers else []
+    for name in columns:
+        table.add_column(name, justify="left" if name == "label" else "right")
+    for name in texts[0] if texts else ():
+        table.add_column(name)
+    for text, answer in zip(texts, answers, strict=True):
+        shown = [answer[name] for name in columns]
+        cells = [number(value) if isinstance(value, float) else str(value) for value in shown]
+        table.add_row(*map(Text, cells), *map(Text, text.values()))
+    return table
+
+
+def rank_table(ranks: Mapping[str, int], width: int) -> Table:
+    """Ranks of all matrices. Modules go down and layers across, or the other way where that is too wide."""
+    grid = arrange(ranks)
+    needed = max(map(len, grid.modules)) + sum(max(_CELL, len(layer) + 1) for layer in (*grid.layers, "mean"))
+    return _table(grid, "module") if needed <= width else _table(_turned(grid), "layer")
+
+
+def metric_table(metrics: Mapping[str, float | None], baseline: Mapping[str, float | None], answer: str) -> Table:
+    """Each metric beside the one that a constant answer reaches."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("held-out")
+    table.add_column("AdaLoRA", justify="right", style="bold")
+    table.add_column(f"baseline ({answer})", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, number(value), number(baseline.get(name)))
+    return table
+
+
+def _table(grid: Grid, corner: str) -> Table:
+    """Columns are ``grid.layers``, rows ``grid.modules``, with the mean of each."""
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(corner)
+    for layer in grid.layers:
+        table.add_column(layer, justify="right")
+    table.add_column("mean", justify="right", style="bold")
+    for module, row in zip(grid.modules, grid.values, strict=True):
+        table.add_row(module, *("" if rank is None else str(rank) for rank in row), _mean(row))
+    columns = list(zip(*grid.values, strict=True))
+    everything = [rank for row in grid.values for rank in row]
+    table.add_section()
+    table.add_row("mean", *(_mean(column) for column in columns), _mean(everything), style="bold")
+    return table
+
+
+def _turned(grid: Grid) -> Grid:
+    return Grid(grid.modules, grid.layers, [list(column) for column in zip(*grid.values, strict=True)])
+
+
+def _mean(ranks: list[int | None] | tuple[int | None, ...]) -> str:
+    present = [rank for rank in ranks if rank is not None]
+    return f"{sum(present) / len(present):.1f}" if present else ""

@@ -1,0 +1,107 @@
+"""A run's folder: what lies in it, when it may be written to, and what may be removed from it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from .core.errors import AdaLoraError
+from .recipe import Recipe, read_raw, validate
+
+Mode = Literal["new", "overwrite", "resume"]
+
+
+class RunError(AdaLoraError):
+    """A run's folder that cannot be used in the way that was asked for."""
+
+
+class RunFolder(NamedTuple):
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as resolved: written first, so that any run can be resumed."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Written last: its presence says that the run is complete."""
+        return self.path / "metrics.json"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "ranks.png"
+
+    @property
+    def adapter(self) -> tuple[Path, Path]:
+        return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of the run in this folder; RunError when no run wrote here."""
+        if not self.path.is_dir():
+            raise RunError(f"there is no folder {self.path}")
+        if not self.recipe.is_file():
+            raise RunError(f"{self.path} is not the folder of a run: there is no {self.recipe.name} in it")
+        raw = read_raw(self.recipe)
+        if "facts" not in raw:
+            raise RunError(f"{self.path} is not the folder of a run: {self.recipe.name} was not written by one")
+        return validate(raw, str(self.recipe))
+
+    def check_trained(self) -> Recipe:
+        """The recipe of the finished run in this folder; RunError when there is no adapter to use."""
+        recipe = self.read_recipe()
+        if not all(file.is_file() for file in (*self.adapter, self.metrics)):
+            raise RunError(f"the run in {self.path} is not finished: adalora train --resume --output {self.path}")
+        return recipe
+
+    def check_target(self, mode: Mode) -> None:
+        """RunError unless a run in this mode may write here. Changes nothing."""
+        if mode == "resume":
+            self.read_recipe()
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"output {self.path} is a file: give the name of a folder")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self._was_written_by_a_run():
+            raise RunError(
+                f"output folder {self.path} is not empty and holds no run, so nothing in it will be touched: "
+                "choose another folder with --output"
+            )
+        if mode == "new":
+            step = "" if self.metrics.is_file() else "--resume to continue it, "
+            raise RunError(
+                f"output folder {self.path} holds a run already: {step}--overwrite to replace it, "
+                "or another folder with --output"
+            )
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        for file in (self.metrics, *self.adapter, self.picture, self.trace, self.recipe):
+            file.unlink(missing_ok=True)
+        self.drop_checkpoints(after=-1)
+
+    def drop_checkpoints(self, after: int) -> None:
+        """Remove the checkpoints of steps later than ``after``."""
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            step = checkpoint.name.removeprefix("checkpoint-")
+            if step.isdecimal() and int(step) > after and not checkpoint.is_symlink():
+                shutil.rmtree(checkpoint)
+
+    def _was_written_by_a_run(self) -> bool:
+        try:
+            self.read_recipe()
+        except AdaLoraError:
+            return False
+        return True

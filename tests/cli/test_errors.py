@@ -1,0 +1,159 @@
+"""A user's mistake is one message on stderr and a non-zero exit: no traceback, nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Finished, write_csv
+
+Run = Callable[..., Finished]
+
+
+def refused(done: Finished, *words: str, code: int = 2) -> None:
+    """One message that holds all the words; the folder of the run was not made."""
+    assert done.code == code, done
+    assert done.err.startswith("Error: ") and "Traceback" not in done.err
+    for word in words:
+        assert word in done.err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("training.learning_rat=1", ["`training.learning_rat`", "did you mean `training.learning_rate`?"]),
+        ("learning_rate=1", ["`learning_rate`", "section `training`"]),
+        ("adalora.target_rank=1", ["did you mean `adalora.target_r`?"]),
+        ("data.zzz=1", ["known keys are train, eval"]),
+        ("model.name=1", ["`model` is a single value"]),
+        ("training.learning_rate=fast", ["training.learning_rate", "valid number", "'fast'"]),
+        ("training.learning_rate=-1", ["greater than 0", "-1"]),
+        ("training.num_train_epochs=.inf", ["finite"]),
+        ("adalora.target_r=2.5", ["adalora.target_r", "integer", "2.5"]),
+        ("adalora.tinit=[1]", ["adalora.tinit", "2 epochs"]),
+        ("adalora.tinit=soon", ["tinit", "soon"]),
+        ("adalora.target_modules=[nothing_here]", ["nothing_here", "query"]),
+        ("adalora.importance=luck", ["luck", "sensitivity_uncertainty"]),
+        ("adalora.init_r=1", ["init_r", "target_r"]),
+        ("adalora.tfinal=0.95", ["tfinal"]),
+        ("training.eval_strategy=steps", ["eval_steps"]),
+        ("training.lr_scheduler_type=zigzag", ["zigzag"]),
+        ("task=clasification", ["did you mean classification?"]),
+        ("task=regression", ["'label' should hold numbers", "row 1"]),
+        ("data.label=stars", ["no column 'stars'", "text, label"]),
+        ("data.text=review", ["no column 'review'", "text, label"]),
+        ("data.text_pair=other", ["no column 'other'"]),
+        ("data.label_names=[rotten]", ["'fresh'", "label_names"]),
+        ("data.max_length=64", ["max_length", "32 tokens"]),
+        ("data.eval=null", ["single file", "--eval"]),
+        ("data.train=nowhere.csv", ["no data at nowhere.csv"]),
+        ("model=./nowhere", ["no model at ./nowhere"]),
+        ("seed=abc", ["seed", "integer"]),
+        ("seed", ["KEY=VALUE"]),
+        ("seed=[1", ["not valid YAML"]),
+    ],
+)
+def test_a_setting_that_cannot_be_meant(adalora: Run, tiny_run: list[object], setting: str, words: list[str]) -> None:
+    refused(adalora("train", *tiny_run, "--set", setting), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["no recipe at"]),
+        ("model: [a\n", ["not valid YAML at line"]),
+        ("model: a\nmodel: b\n", ["'model' is given twice"]),
+        ("just words\n", ["is not a recipe"]),
+        ("model: m\n", ["data is missing"]),
+        ("model: m\ndata: {train: a.csv, txt: b}\nsed: 1\n", ["2 faults", "`data.text`", "`seed`"]),
+        ("model: m\ndata: a.csv\n", ["data: should be a section with keys"]),
+    ],
+)
+def test_a_recipe_that_is_none(adalora: Run, text: str | None, words: list[str]) -> None:
+    if text is not None:
+        Path("recipe.yaml").write_text(text)
+    refused(adalora("train", "recipe.yaml", "--output", "run"), *words)
+
+
+GOOD_ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "words"),
+    [
+        ("text,label\n", "text,label\na,x\n", ["has no rows"]),
+        ("text,label\na,x\nb,y\n", "text,label\n", ["has no rows"]),
+        ("", "text,label\na,x\n", ["is empty"]),
+        ("text,label\na,x\nb,\n", "text,label\na,x\n", ["'label'", "empty in 1 of 2 rows", "row 2"]),
+        ("text,label\n,x\nb,y\n", "text,label\na,x\n", ["'text'", "empty in 1 of 2 rows"]),
+        ("text,label\na,x\nb,y\n", "text,label\na,z\n", ["'z'", "trained on: 'x', 'y'"]),
+        ("text,label\na,x\nb,x\n", "text,label\na,x\n", ["only the class 'x'"]),
+        ("text,label\na,0.5\nb,1.5\n", "text,label\na,0.5\n", ["use task regression"]),
+        ("text,label\n1,x\n2,y\n", "text,label\n1,x\n", ["should hold text"]),
+        ("text,label\na,x\nb,y,z,w\n", "text,label\na,x\n", ["could not be read as CSV"]),
+    ],
+)
+def test_data_that_cannot_be_used(adalora: Run, tiny_model: Path, train: str, held_out: str, words: list[str]) -> None:
+    Path("train.csv").write_text(train)
+    Path("test.csv").write_text(held_out)
+    arguments = ["--model", tiny_model, "--train", "train.csv", "--eval", "test.csv", "--output", "run"]
+    refused(adalora("train", *arguments), *words)
+
+
+def test_a_folder_that_is_not_a_model(adalora: Run, tiny_run: list[object], files: Path) -> None:
+    refused(adalora("train", *tiny_run, "--model", files), "no config.json")
+
+
+def test_a_name_that_only_a_hub_could_know(adalora: Run, tiny_run: list[object]) -> None:
+    refused(adalora("train", *tiny_run, "--model", "nobody/nothing"), "nobody/nothing", "hub")
+    refused(adalora("train", *tiny_run, "--train", "nobody/nothing"), "nobody/nothing", "cannot be reached")
+
+
+def test_a_loss_that_is_lost_is_a_failure_at_run_time(adalora: Run, tiny_run: list[object]) -> None:
+    settings = ["--lr", "1e30", "--set", "training.max_grad_norm=0", "--set", "training.logging_steps=1"]
+    done = adalora("train", *tiny_run, *settings)
+    assert done.code == 1 and "lower training.learning_rate" in done.err and "Traceback" not in done.err
+
+
+def test_flags_that_exclude_each_other_or_do_not_exist(adalora: Run) -> None:
+    assert "exclude each other" in adalora("train", "--overwrite", "--resume").err
+    assert adalora("train", "--frobnicate").code == 2
+    assert adalora("predict", "run").code == 2
+
+
+def test_debugging_shows_where(adalora: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADALORA_DEBUG", "1")
+    done = adalora("train", "nowhere.yaml")
+    assert done.code == 2 and "Traceback" in done.err and done.err.rstrip().endswith("for the demo")
+
+
+def test_help_needs_no_extra() -> None:
+    """Help is there before torch, and a missing package is named."""
+    program = """
+import sys
+for name in ("torch", "transformers", "peft", "datasets", "yaml"):
+    sys.modules[name] = None
+sys.argv = ["adalora", *sys.argv[1:]]
+from adalora.cli import main
+main()
+"""
+    helped = subprocess.run([sys.executable, "-c", program, "train", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--target-r" in helped.stdout
+    trained = subprocess.run([sys.executable, "-c", program, "train"], capture_output=True, text=True)
+    assert trained.returncode == 2 and "pip install 'adalora[train]'" in trained.stderr
+    assert "Traceback" not in trained.stderr
+
+
+def test_data_with_no_second_class_in_training_is_told_from_evaluation(adalora: Run, tiny_model: Path) -> None:
+    """A class that the column declares but training never saw is as unknown as any other."""
+    rows = [*GOOD_ROWS, {"text": "c", "label": "z"}]
+    write_csv(Path("train.csv"), GOOD_ROWS)
+    write_csv(Path("test.csv"), rows)
+    names = ["--set", "data.label_names=[x, y, z]"]
+    arguments = ["--model", tiny_model, "--train", "train.csv", "--eval", "test.csv", "--output", "run"]
+    refused(adalora("train", *arguments, *names), "'z'", "trained on: 'x', 'y'")

@@ -1,0 +1,261 @@
+"""``adalora train``, ``evaluate`` and ``predict`` from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from .conftest import Finished, write_csv
+
+Run = Callable[..., Finished]
+RUN_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "checkpoints",
+    "metrics.json",
+    "ranks.png",
+    "recipe.yaml",
+    "trace.jsonl",
+}
+
+
+def adapter_bytes(folder: str | Path) -> bytes:
+    return (Path(folder) / "adapter_model.safetensors").read_bytes()
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_run_from_training_to_answers(adalora: Run, tiny_run: list[object], files: Path) -> None:
+    done = adalora("train", *tiny_run)
+    assert done.code == 0, done.err
+    folder = Path("run")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["metrics"]["accuracy"] > 0.8 > metrics["baseline"]["metrics"]["accuracy"] == 0.5
+    assert metrics["live_triplets"] == 2 * 12 == sum(metrics["ranks"].values())
+    assert len(set(metrics["ranks"].values())) > 1
+    assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("96 training rows", "40 held-out rows", "pruning to 24 triplets", "24 = 2 x 12 matrices"):
+        assert words in " ".join(done.out.split())
+    assert "adalora evaluate run" in done.out
+
+    evaluated = adalora("evaluate", "run", "--json")
+    assert json.loads(evaluated.out)["metrics"] == metrics["metrics"]
+    table = adalora("evaluate", "run", "--data", files / "train.csv")
+    assert "96 rows of" in table.out and "accuracy" in table.out
+
+    answered = adalora(
+        "predict", "run", "--text", "great funny superb film", "--text", "dull flat awful film", "--json"
+    )
+    first, second = map(json.loads, answered.out.splitlines())
+    assert (first["label"], second["label"]) == ("fresh", "rotten")
+    assert first["score"] == first["scores"]["fresh"] and sum(first["scores"].values()) == pytest.approx(1)
+    Path("texts.txt").write_text("great funny superb film\n\ndull flat awful film\n")
+    assert adalora("predict", "run", "--file", "texts.txt").out.count("fresh") == 1
+    assert len(adalora("predict", "run", "--file", files / "test.csv", "--json").out.splitlines()) == 40
+
+
+def test_the_adapter_loads_with_stock_peft_where_adalora_is_not(adalora: Run, finished: Path, tiny_model: Path) -> None:
+    program = """
+import sys; sys.modules["adalora"] = None
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base, folder, text = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder)
+scores = model.eval()(**AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")).logits.softmax(-1)
+print(scores[0].tolist())
+"""
+    text = "a very moving film"
+    there = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(tiny_model), str(finished), text],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = json.loads(adalora("predict", finished, "--text", text, "--json").out)
+    assert json.loads(there.stdout) == pytest.approx([here["scores"]["fresh"], here["scores"]["rotten"]], abs=1e-6)
+
+
+def test_the_resolved_recipe_gives_the_same_run_again(adalora: Run, finished: Path) -> None:
+    again = adalora("train", finished / "recipe.yaml", "--output", "again")
+    assert again.code == 0, again.err
+    assert adapter_bytes("again") == adapter_bytes(finished)
+
+
+def test_evaluating_on_the_way_does_not_change_the_training(
+    adalora: Run, tiny_run: list[object], finished: Path
+) -> None:
+    often = ["--set", "training.eval_strategy=steps", "--set", "training.eval_steps=5"]
+    assert adalora("train", *tiny_run, *often).code == 0
+    assert adapter_bytes("run") == adapter_bytes(finished)
+    assert len(json.loads(Path("run/metrics.json").read_text())["evaluations"]) == 8
+
+
+# --- interrupted runs -------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_to_the_same_bits(adalora: Run, tiny_run: list[object], finished: Path) -> None:
+    command = [sys.executable, "-m", "adalora", "train", *map(str, tiny_run)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone) as process:
+        while len(list(Path("run").glob("checkpoints/*/adalora_state.safetensors"))) < 2:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not Path("run/metrics.json").exists()
+    resumed = adalora("train", "--resume", "--output", "run")
+    assert resumed.code == 0, resumed.err
+    assert "after step" in resumed.out
+    assert adapter_bytes("run") == adapter_bytes(finished)
+    assert Path("run/trace.jsonl").read_text() == (finished / "trace.jsonl").read_text()
+
+
+def test_batches_of_mixed_length_resume_to_the_same_bits(adalora: Run, tiny_run: list[object]) -> None:
+    mixed = ["--set", "training.group_by_length=false", "--set", "training.save_total_limit=20"]
+    assert adalora("train", *tiny_run, *mixed).code == 0
+    whole = adapter_bytes("run")
+    interrupt(after=20)
+    assert adalora("train", "--resume", "--output", "run").code == 0
+    assert adapter_bytes("run") == whole
+
+
+@pytest.mark.parametrize("step", [4, 12, 20, 32])
+def test_any_checkpoint_resumes_to_the_same_bits(adalora: Run, finished: Path, step: int) -> None:
+    """Before pruning, at the end of an epoch, while pruning, in the final phase."""
+    interrupted_copy(finished, after=step)
+    resumed = adalora("train", "--resume", "--output", "run")
+    assert resumed.code == 0, resumed.err
+    assert f"after step {step}" in resumed.out
+    assert adapter_bytes("run") == adapter_bytes(finished)
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(adalora: Run, finished: Path) -> None:
+    interrupted_copy(finished, after=20)
+    Path("run/checkpoints/checkpoint-20/adalora_state.safetensors").unlink()
+    resumed = adalora("train", "--resume", "--output", "run")
+    assert resumed.code == 0 and "after step 16" in resumed.out
+    assert adapter_bytes("run") == adapter_bytes(finished)
+
+
+def test_without_a_checkpoint_resuming_starts_over(adalora: Run, finished: Path) -> None:
+    interrupted_copy(finished, after=0)
+    resumed = adalora("train", "--resume", "--output", "run")
+    assert resumed.code == 0 and "from the beginning" in resumed.out
+    assert adapter_bytes("run") == adapter_bytes(finished)
+
+
+def test_resuming_refuses_what_is_another_run(adalora: Run, tiny_run: list[object], files: Path) -> None:
+    own = write_csv(Path("own.csv"), [{"text": f"great film {i}", "label": str(i % 2)} for i in range(32)])
+    arguments = [*tiny_run, "--train", own, "--eval", own]
+    assert adalora("train", *arguments).code == 0
+    interrupt(after=4)
+    before = listing(Path("run"))
+    changed = adalora("train", "--resume", *arguments, "--lr", "1e-2")
+    assert changed.code == 2 and "training.learning_rate was 0.02, is 0.01" in changed.err
+    own.write_text(own.read_text().replace("great film 3,", "dull film 3,"))
+    other_data = adalora("train", "--resume", "--output", "run")
+    assert other_data.code == 2 and "facts.train_digest" in other_data.err
+    assert listing(Path("run")) == before
+
+
+def test_resuming_a_finished_run_has_nothing_to_do(adalora: Run, finished: Path) -> None:
+    shutil.copytree(finished, "run")
+    again = adalora("train", "--resume", "--output", "run")
+    assert again.code == 0 and "finished already" in again.out
+    assert adapter_bytes("run") == adapter_bytes(finished)
+
+
+def interrupted_copy(finished: Path, after: int) -> None:
+    """The folder ``run`` as a run that died after this step leaves it."""
+    shutil.copytree(finished, "run")
+    interrupt(after)
+
+
+def interrupt(after: int) -> None:
+    for name in ("metrics.json", "adapter_model.safetensors", "adapter_config.json", "ranks.png"):
+        Path("run", name).unlink()
+    for checkpoint in Path("run/checkpoints").glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > after:
+            shutil.rmtree(checkpoint)
+
+
+# --- the output folder ------------------------------------------------------------------------------
+
+
+def test_a_run_is_replaced_only_when_asked(adalora: Run, tiny_run: list[object], finished: Path) -> None:
+    shutil.copytree(finished, "run")
+    Path("run/notes.md").write_text("mine")
+    before = listing(Path("run"))
+    refused = adalora("train", *tiny_run)
+    assert refused.code == 2 and "--overwrite" in refused.err
+    assert listing(Path("run")) == before
+    assert adalora("train", *tiny_run, "--overwrite", "--seed", 1).code == 0
+    assert yaml.safe_load(Path("run/recipe.yaml").read_text())["seed"] == 1
+    assert Path("run/notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_that_holds_no_run_is_left_alone(adalora: Run, tiny_run: list[object], flags: list[str]) -> None:
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("cake: flour\n")
+    refused = adalora("train", *tiny_run, *flags)
+    assert refused.code == 2 and refused.err.startswith("Error: ") and refused.err.count("\n") == 1
+    assert Path("run/recipe.yaml").read_text() == "cake: flour\n"
+    assert listing(Path("run")) == ["recipe.yaml"]
+
+
+def test_there_is_nothing_to_resume_in_a_folder_that_is_not_there(adalora: Run) -> None:
+    refused = adalora("train", "--resume", "--output", "nowhere")
+    assert refused.code == 2 and "there is no folder nowhere" in refused.err
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["predict", "--text", "x"]])
+def test_only_a_run_can_be_evaluated_or_asked(adalora: Run, tiny_model: Path, command: list[str]) -> None:
+    refused = adalora(command[0], tiny_model, *command[1:])
+    assert refused.code == 2 and "is not the folder of a run" in refused.err
+
+
+# --- other tasks and data ---------------------------------------------------------------------------
+
+
+def test_regression_on_pairs_of_real_sentences(adalora: Run, tiny_model: Path) -> None:
+    folder = Path(os.environ.get("ADALORA_DATA", Path(__file__).parents[2] / "../shared/data")) / "glue/stsb"
+    if not folder.is_dir():
+        pytest.skip(f"no benchmark data at {folder}: set ADALORA_DATA")
+    done = adalora(
+        *("train", "--task", "regression", "--model", tiny_model, "--output", "run"),
+        *("--train", folder / "train-00000-of-00001.parquet", "--eval", folder / "validation-00000-of-00001.parquet"),
+        *("--text", "sentence1", "--text-pair", "sentence2", "--max-length", 32, "--epochs", 1),
+        *("--set", "data.max_train_rows=64", "--set", "data.max_eval_rows=32", "--batch-size", 8),
+        *("--set", "adalora.tinit=1", "--set", "adalora.deltaT=1"),
+    )
+    assert done.code == 0, done.err
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert set(metrics["metrics"]) == {"pearson", "spearman", "mse"}
+    assert metrics["baseline"]["metrics"]["pearson"] is None and "undefined" in done.out
+    assert "label_names" not in Path("run/recipe.yaml").read_text()
+    answer = adalora("predict", "run", "--text", "a man", "--text-pair", "a dog", "--json")
+    assert np.isfinite(json.loads(answer.out)["value"])
+    alone = adalora("predict", "run", "--text", "a man")
+    assert alone.code == 2 and "second text" in alone.err
+
+
+def test_a_checkpoint_on_the_way_is_a_plain_adapter(finished: Path) -> None:
+    for checkpoint in (finished / "checkpoints").iterdir():
+        assert json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        assert load_file(checkpoint / "adapter_model.safetensors")

@@ -1,0 +1,114 @@
+"""The record of a training: readable while it grows, and right after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adalora.core.allocator import Allocator
+from adalora.core.trace import Allocation, TraceFile
+from tests.core.toys import Toy, adamw, plan, train
+
+HEADER = {"names": ["a.b", "ä"], "budget": {"initial": 8, "target": 4}}
+
+
+def allocation(step: int) -> Allocation:
+    return Allocation(step, 8 - step // 10, [4, 4 - step // 10], 0.125)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_header_then_allocations(tmp_path: Path) -> None:
+    """One JSON object a line, in a folder that need not exist; each is there as soon as it is appended."""
+    trace = TraceFile(tmp_path / "run" / "trace.jsonl")
+    trace.start(HEADER)
+    assert lines(trace.path) == [{"type": "start", **HEADER}]
+    trace.append(allocation(10))
+    assert lines(trace.path)[1:] == [
+        {"type": "allocation", "step": 10, "budget": 7, "ranks": [4, 3], "orthogonality": 0.125}
+    ]
+    assert [p.name for p in trace.path.parent.iterdir()] == ["trace.jsonl"]
+
+
+def test_a_new_run_starts_a_new_trace(tmp_path: Path) -> None:
+    trace = TraceFile(tmp_path / "trace.jsonl")
+    trace.start(HEADER)
+    trace.append(allocation(10))
+    trace.start({**HEADER, "names": []})
+    assert lines(trace.path) == [{"type": "start", **HEADER, "names": []}]
+
+
+def test_a_resumed_run_keeps_what_it_will_not_repeat(tmp_path: Path) -> None:
+    """Resumed from step 20: allocations after it will be made again; the header is the resumed run's; one header."""
+    trace = TraceFile(str(tmp_path / "trace.jsonl"))
+    trace.start(HEADER)
+    for step in (10, 20, 30):
+        trace.append(allocation(step))
+    again = TraceFile(trace.path)
+    again.start({"names": ["new"]}, after_step=20)
+    again.append(allocation(25))
+    assert lines(trace.path)[0] == {"type": "start", "names": ["new"]}
+    assert [line["step"] for line in lines(trace.path)[1:]] == [10, 20, 25]
+
+
+@given(cut=st.integers(1, 200), after=st.integers(0, 50))
+def test_a_kill_in_the_middle_of_a_line(cut: int, after: int, tmp_path_factory: object) -> None:
+    """However much of the end is missing, a resumed run keeps the whole lines before it and writes whole ones."""
+    path = tmp_path_factory.mktemp("trace") / "trace.jsonl"  # type: ignore[attr-defined]
+    trace = TraceFile(path)
+    trace.start(HEADER)
+    for step in (10, 20, 30):
+        trace.append(allocation(step))
+    text = path.read_text()
+    left = text[: max(0, len(text) - cut)]
+    path.write_text(left)
+    whole = [json.loads(line) for line in left.split("\n")[:-1]]
+    trace.start(HEADER, after_step=after)
+    kept = [line["step"] for line in lines(path)[1:]]
+    sure = [line["step"] for line in whole if line["type"] == "allocation" and line["step"] <= after]
+    # a line that lacks nothing but its end of line is whole, too
+    assert kept[: len(sure)] == sure and set(kept[len(sure) :]) <= {10, 20, 30} and all(s <= after for s in kept)
+    trace.append(allocation(40))
+    assert lines(path)[-1]["step"] == 40
+
+
+def test_an_allocator_writes_what_it_did(tmp_path: Path) -> None:
+    """File and memory agree; the header says what the ranks belong to; budgets are the schedule's."""
+    toy = Toy()
+    allocator = Allocator(toy.triplets, plan())
+    allocator.trace_file = TraceFile(tmp_path / "trace.jsonl")
+    allocator.trace_file.start(allocator.header())
+    seen: dict[int, tuple[list[int], float]] = {}
+
+    def after(step: int) -> None:
+        assert allocator.schedule is not None
+        if allocator.schedule.allocates(step):
+            seen[step] = list(allocator.ranks().values()), allocator.orthogonality_error()
+
+    train(toy, allocator, adamw(toy.parameters()), range(1, 17), after)
+    header, *allocations = lines(tmp_path / "trace.jsonl")
+    assert header == {
+        "type": "start",
+        "names": ["m0", "m1", "m2"],
+        "initial_ranks": [4, 4, 4],
+        "budget": {"initial": 12, "target": 6},
+        "schedule": {
+            "initial_budget": 12, "target_budget": 6, "total_step": 16, "t_init": 2, "t_final": 4, "delta_t": 2,
+            "curve": "cubic",
+        },
+        "importance": "sensitivity_uncertainty",
+        "policy": "global_topk",
+    }  # fmt: skip
+    assert [line["step"] for line in allocations] == [4, 6, 8, 10, 12]
+    for line, recorded in zip(allocations, allocator.trace, strict=True):
+        assert line == {"type": "allocation", **recorded._asdict()}
+        assert allocator.schedule is not None
+        assert recorded.budget == allocator.schedule.budget(recorded.step) == sum(recorded.ranks)
+        assert recorded.ranks == seen[recorded.step][0]
+    for recorded in allocator.trace[:-1]:  # the last is measured before its pruned triplets are sliced away
+        assert recorded.orthogonality == seen[recorded.step][1]

@@ -1,0 +1,73 @@
+"""Builds docs/recipes.md from the recipe's own fields: ``python -m tests.docs.recipes_page > docs/recipes.md``."""
+
+from __future__ import annotations
+
+import types
+import typing
+
+from pydantic import BaseModel
+
+from adalora.recipe import AdaLoraSection, DataSection, Recipe, TrainingSection
+
+INTRODUCTION = """# Recipes
+
+A recipe is a YAML file with everything that one training depends on. `adalora train RECIPE.yaml` runs it;
+`--set training.learning_rate=5e-4` changes one key, and the frequent ones have flags of their own
+(`adalora train --help`). A key that is not listed here is an error that names the nearest one.
+
+[`recipes/`](../recipes) holds commented examples. A run writes its recipe as resolved into its folder; that
+file is a recipe, too.
+"""
+
+SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
+    ("At the top", "", Recipe),
+    ("`data`", "Which rows, and which of their columns.", DataSection),
+    ("`adalora`", "Fields of `AdaLoraConfig`. A length is steps (`500`), a fraction of all steps (`0.1`) or epochs "
+     "(`\"2 epochs\"`); the [guide](guide.md) has the rest.", AdaLoraSection),
+    ("`training`", "Fields of Transformers' `TrainingArguments`.", TrainingSection),
+]  # fmt: skip
+
+
+def kind(annotation: object) -> str:
+    """A type as a reader writes it."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        if {int, float, str} <= set(typing.get_args(annotation)):
+            return "length"
+        return " or ".join(kind(part) for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is list:
+        return "list"
+    names: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, "section")
+
+
+def default(section: type[BaseModel], name: str) -> str:
+    field = section.model_fields[name]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or isinstance(value, BaseModel):
+        return "–"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def page() -> str:
+    parts = [INTRODUCTION]
+    for title, words, section in SECTIONS:
+        parts.append(f"## {title}\n")
+        if words:
+            parts.append(f"{words}\n")
+        parts.append("| key | value | default | meaning |\n|---|---|---|---|")
+        for name, field in section.model_fields.items():
+            if name == "facts":
+                continue  # written by a run
+            parts.append(
+                f"| `{name}` | {kind(field.annotation)} | {default(section, name)} | {field.description or ''} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
