@@ -192,6 +192,9 @@ class Allocator:
             return  # an optimizer that wraps another runs the hooks of both
         if all(w.grad is None for t in self.triplets for w in t.parameters):
             return
+        for t in self.triplets:
+            if not t.rank:
+                t.drop_gradients()  # some optimizers trip over empty parameters
         if self._weights_replaced:
             warnings.warn(
                 f"adapter weights were loaded without their training state: the budget's schedule goes on from step"
@@ -339,6 +342,8 @@ class Allocator:
         self.initial_ranks = list(state["initial_ranks"])
         if state["schedule"] is not None:
             self.schedule = Schedule(**state["schedule"])
+        self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]
+        self._lam_before_mask = None
         self._stacks, self._scoring = self._lay_out()
         self._weights_replaced = False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)

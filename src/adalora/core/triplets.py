@@ -152,6 +152,10 @@ class Triplets:
             else:
                 _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
 
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Whether the rank can change in memory.
 
@@ -194,8 +198,8 @@ def _state_dim(value: object, shape: torch.Size, dim: int) -> int | None:
         return None if isinstance(value, (list, tuple, dict)) else -1
     if value.numel() <= 1 and value.shape != shape:
         return -1  # a step counter
-    if not value.is_floating_point():
-        return None
+    if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+        return None  # packed or quantized
     if value.shape == shape:
         return dim
     if len(shape) == 2:
@@ -215,10 +219,12 @@ def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> 
     ``parameter.data = data`` would do until the next backward pass: a loop that still holds its last loss also holds
     the node that accumulates this parameter's gradient, which remembers the old shape.
     """
-    trained = parameter.requires_grad or parameter.numel() == 0
+    trained = parameter.__dict__.pop("_trained", parameter.requires_grad)
     replacement = nn.Parameter(data, requires_grad=trained and data.numel() > 0)  # some optimizers trip over empty ones
     replacement.grad = gradient if replacement.requires_grad else None
     replacement.__dict__.update(parameter.__dict__)
+    if not data.numel():
+        replacement.__dict__["_trained"] = trained  # for when it is filled again
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         setattr(replacement, hooks, getattr(parameter, hooks))
     torch.utils.swap_tensors(parameter, replacement)  # type: ignore[no-untyped-call]

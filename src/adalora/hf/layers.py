@@ -149,8 +149,8 @@ def fold(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A state dict with P, Λ, Q of this adapter -> the same with plain, compact LoRA weights; the model stays as it is.
 
-    """A state dict with P, Λ, Q of this adapter -> the same with plain, compact LoRA weights; the model is not changed.
-    that has not been trained at all, every triplet is.
+    Every triplet with λ != 0 is kept, so what is saved computes what is in memory, also between two masks. An adapter
+    that has not been trained at all keeps every triplet.
 
     Returns:
         the new state dict, in which layers of rank 0 are left out, and the rank of each layer by its name.
