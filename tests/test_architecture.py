@@ -205,3 +205,29 @@ def test_the_method_raises_its_own_errors_alone(room: str) -> None:
         if ast.unparse(node.exc.func).split(".")[-1] not in tree
     ]
     assert foreign == []
+
+
+def test_the_core_trains_where_only_torch_is_installed() -> None:
+    """Decision 004: no other package can be imported here, and a whole schedule runs."""
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(["peft", "transformers", "accelerate", "safetensors", "datasets", "pydantic"]))
+import torch
+from adalora.core.allocator import Allocator
+from adalora.core.settings import Settings
+from adalora.core.triplets import Triplets
+
+matrices = [Triplets.create(f"m{k}", 8, 6, 3) for k in range(4)]
+allocator = Allocator(matrices, Settings(target_rank=1, total_step=30, t_init=2, t_final=5, delta_t=1))
+optimizer = torch.optim.AdamW([w for t in matrices for w in t.parameters], lr=1e-2)
+for step in range(30):
+    x = torch.randn(16, 6)
+    sum((t.forward(x) - (k + 1) * x[:, :1]).square().mean() for k, t in enumerate(matrices)).backward()
+    allocator.before_step()
+    optimizer.step()
+    allocator.after_step(optimizer)
+    optimizer.zero_grad()
+assert allocator.live == 4 == sum(t.rank for t in matrices)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

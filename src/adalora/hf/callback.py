@@ -107,6 +107,13 @@ class AdaLoraCallback(TrainerCallback):
                 f" was {ours.target_budget}. The adapter is saved with the rank it has.",
                 stacklevel=2,
             )
+        elif ours.live > ours.target_budget:
+            warnings.warn(
+                f"the best checkpoint, {state.best_model_checkpoint}, lies before pruning ended: as asked for, it was"
+                f" loaded, with {ours.live} triplets where the budget was {ours.target_budget}. To stay within the"
+                " budget, train without load_best_model_at_end, or evaluate in the final phase alone.",
+                stacklevel=2,
+            )
 
     def _resume(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         given = (self.resume_from, args.resume_from_checkpoint)
