@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     **dict.fromkeys(DOORS, {"core", "hf"} | PLAIN | WORKSHOPS | DOORS),
     "__init__": {"core", "hf"},
 }
-KNOW_PEFT = {"hf"} | WORKSHOPS  # workshops: its public classes, as any user of the library
+KNOW_PEFT = {"hf", "inference"}  # inference: to load what was trained with stock PEFT is its purpose
 
 
 def room_of(path: Path) -> str:

@@ -112,9 +112,13 @@ def test_evaluating_on_the_way_does_not_change_the_training(
 def test_a_killed_run_resumes_to_the_same_bits(adalora: Run, tiny_run: list[object], finished: Path) -> None:
     command = [sys.executable, "-m", "adalora", "train", *map(str, tiny_run)]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone) as process:
+    said = Path("said.txt")
+    with (
+        said.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=alone) as process,
+    ):
         while len(list(Path("run").glob("checkpoints/*/adalora_state.safetensors"))) < 2:
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.poll() is None, said.read_text()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not Path("run/metrics.json").exists()

@@ -203,6 +203,8 @@ def test_the_exported_configuration_makes_the_scale_one(tmp_path: Path) -> None:
     for name, rank in ranks.items():
         assert weights[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "temporary files are left"
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "a server under another user reads both files or none"
 
 
 def test_a_layer_of_rank_zero_is_left_out_and_loads(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_nam
         config.inference_mode = True
         config.base_model_name_or_path = base or getattr(getattr(model, "config", None), "_name_or_path", None) or None
         config.save_pretrained(str(beside))
+        weights_file, config_file = (beside / file for file in ADAPTER_FILES)
+        weights_file.chmod(config_file.stat().st_mode)  # safetensors writes for its owner alone; servers are others
         for file in ADAPTER_FILES:
             (beside / file).replace(target / file)
     finally:
