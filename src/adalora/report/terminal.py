@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
+import sys
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,11 +74,19 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     )
     place = shlex.quote(str(folder))
     out.print("Next:")
-    out.print(f"  adalora evaluate {place}", soft_wrap=True)
-    out.print(f"  adalora predict {place} {_EXAMPLE[metrics['pairs']]}", soft_wrap=True)
+    out.print(f"  {_program()} evaluate {place}", soft_wrap=True)
+    out.print(f"  {_program()} predict {place} {_EXAMPLE[metrics['pairs']]}", soft_wrap=True)
     out.print("or anywhere, with PEFT alone:")
     for line in _LOADING.format(folder=str(folder), **metrics["loading"]).splitlines():
         out.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+def _program() -> str:
+    """The command as it can be typed here: an environment that is not active is not on the path."""
+    if shutil.which("adalora"):
+        return "adalora"
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "adalora" else f"{shlex.quote(sys.executable)} -m adalora"
 
 
 def _average(live: int, matrices: int) -> str:
