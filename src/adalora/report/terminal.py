@@ -6,7 +6,6 @@ import math
 import shlex
 import shutil
 import sys
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
