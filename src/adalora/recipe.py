@@ -158,7 +158,7 @@ class Recipe(_Section):
     task: str = Field("classification", description="classification or regression.")
     output: str = Field("runs/adalora", description="Folder of the run.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
-    data: DataSection
+    data: DataSection = Field(description="The rows.")
     adalora: AdaLoraSection = Field(AdaLoraSection.model_validate({}), description="The method.")
     training: TrainingSection = Field(TrainingSection.model_validate({}), description="The optimisation.")
     facts: Facts | None = Field(None, description="Filled in by the run.")
