@@ -351,3 +351,20 @@ def test_zeroing_gradients_either_way_changes_nothing() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=to_none)
     torch.testing.assert_close(adapter_weights(models[0]), adapter_weights(models[1]), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="Transformers 5 compiles from torch 2.7 on")
+def test_a_compiled_model_does_not_notice_masks() -> None:
+    """Compiled once, and once more when the ranks shrink."""
+    torch._dynamo.reset()
+    model = make()
+    compiled, optimizer, graphs = torch.compile(model, backend="aot_eager"), adamw(model), []
+    for _ in range(STEPS):
+        compiled(**Rows(8).rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert [a.step for a in adalora.allocator(model).trace] == [3, 4, 5, 6, 7, 8]
+    assert graphs[1] == graphs[7], "a mask led to another compilation"
+    assert graphs[8] == graphs[-1] <= graphs[7] + 1
+    assert sum(t.rank for t in adalora.allocator(model).triplets) == 2 * len(adalora.ranks(model))

@@ -270,8 +270,8 @@ class Allocator:
         if not self.is_resizable(optimizer):
             raise StateError(
                 "the adapter's parameters are still held by a graph (a loss kept with retain_graph=True?) or by a"
-                " compiled or distributed model, or the optimizer's state cannot be sliced (8-bit, LBFGS): their shapes"
-                " are pinned; what is saved is always compact."
+                " distributed model, or the optimizer's state cannot be sliced (8-bit, LBFGS): their shapes are pinned;"
+                " what is saved is always compact."
             )
         self._refresh()
         self._apply(self.mask)
@@ -333,8 +333,8 @@ class Allocator:
                 )
             if len(q) != t.rank and not t.is_resizable():
                 raise StateError(
-                    f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph or"
-                    " a compiled or distributed model: load the state before the first forward pass."
+                    f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph"
+                    " or a distributed model: load the state before the first forward pass."
                 )
         for t in self.triplets:
             t.assign(Factors(*(tensors[f"{t.name}/{key}"] for key in Factors._fields)))

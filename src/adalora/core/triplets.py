@@ -159,7 +159,7 @@ class Triplets:
     def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Whether the rank can change in memory.
 
-        Not while something else holds the parameters' storage (a retained graph, a compiled model), nor with a state of
+        Not while something else holds the parameters' storage (a retained graph), nor with a state of
         the optimizer that does not come apart by triplets: blocks of a flat tensor, as 8-bit optimizers and LBFGS keep.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
