@@ -29,10 +29,9 @@ from .schedule import Schedule
 from .scoring import Scoring
 from .settings import Settings
 from .stacks import Stacks, split
+from .state import STATE_VERSION, averages_of, check_fit, factors_of, to_tensors
 from .trace import Allocation, TraceFile
-from .triplets import Factors, Triplets
-
-STATE_VERSION = 1
+from .triplets import Triplets
 
 LIVE: weakref.WeakSet[Allocator] = weakref.WeakSet()
 """Every allocator in this process, so that an optimizer's step can find those whose parameters it holds."""
@@ -286,13 +285,6 @@ class Allocator:
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-for-bit resumption needs, P Λ Q included: plain values, and ``tensors`` by name."""
         self._refresh()
-        tensors: dict[str, Tensor] = {}
-        for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
-            for key, value in (*Factors(*triplets.parameters)._asdict().items(), ("mask", mask)):
-                tensors[f"{triplets.name}/{key}"] = value.detach().clone()
-        for name, smoothed in self._scoring.averages().items():
-            for key, value in smoothed._asdict().items():
-                tensors[f"{name}.{key}"] = value.clone()
         return {
             "version": STATE_VERSION,
             "step": self.step,
@@ -301,7 +293,7 @@ class Allocator:
             "metric": self.settings.metric,
             "initial_ranks": list(self.initial_ranks),
             "schedule": None if self.schedule is None else asdict(self.schedule),
-            "tensors": tensors,
+            "tensors": to_tensors(self.triplets, split(self.mask, self.sizes), self._scoring.averages()),
         }
 
     @torch.no_grad()
@@ -311,33 +303,10 @@ class Allocator:
         Raises:
             StateError: it is of another model, metric or version; nothing has been changed then.
         """
+        check_fit(state, self.triplets, self.settings.metric)
         tensors: dict[str, Tensor] = state["tensors"]
-        theirs, ours = {key.split("/")[0] for key in tensors}, {t.name for t in self.triplets}
-        if state["version"] != STATE_VERSION:
-            raise StateError(f"this state has version {state['version']}, this adalora reads {STATE_VERSION}.")
-        if theirs != ours:
-            raise StateError(
-                f"this state is of another model or other target modules: it lacks {sorted(ours - theirs)[:3]} and has"
-                f" {sorted(theirs - ours)[:3]} that are not adapted here."
-            )
-        if state["metric"] != self.settings.metric:
-            raise StateError(
-                f"this state was made with importance={state['metric']!r}, this model has {self.settings.metric!r};"
-                " train with the same importance to resume."
-            )
         for t in self.triplets:
-            p, q = tensors[f"{t.name}/p"], tensors[f"{t.name}/q"]
-            if (p.shape[0], q.shape[1]) != (t.p.shape[0], t.q.shape[1]):
-                raise StateError(
-                    f"the state's {t.name} is {p.shape[0]} x {q.shape[1]}, the model's {t.p.shape[0]} x {t.q.shape[1]}."
-                )
-            if len(q) != t.rank and not t.is_resizable():
-                raise StateError(
-                    f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph"
-                    " or a distributed model: load the state before the first forward pass."
-                )
-        for t in self.triplets:
-            t.assign(Factors(*(tensors[f"{t.name}/{key}"] for key in Factors._fields)))
+            t.assign(factors_of(tensors, t.name))
         self.step, self.frozen, self.manual = state["step"], state["frozen"], state["manual"]
         self.initial_ranks = list(state["initial_ranks"])
         if state["schedule"] is not None:
@@ -348,8 +317,7 @@ class Allocator:
         self._weights_replaced = False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
         self._settled = self.frozen and bool(self.mask.all())
-        names = [key.removesuffix(".sensitivity") for key in tensors if key.endswith(".sensitivity")]
-        self._restore({n: Smoothed(*(tensors[f"{n}.{field}"] for field in Smoothed._fields)) for n in names})
+        self._restore(averages_of(tensors))
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""

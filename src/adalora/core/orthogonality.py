@@ -12,7 +12,7 @@ authors' code and in PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .triplets import Triplets
 
 ROUNDING = 32  # in units of the last place; QR and XXᵀ leave 2 at d = 384, r = 6 and 9 at d = 4096, r = 64
 Orthogonality = Literal["squared", "frobenius"]
-KINDS: tuple[str, ...] = ("squared", "frobenius")
+KINDS: tuple[str, ...] = get_args(Orthogonality)
 
 
 def deviation(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from .errors import ConfigError
 
 Initialization = Literal["orthonormal", "gaussian"]
+INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
 TRIPLET_DIMS = (1, 0, 0)  # of P, Λ and Q: the dimension that counts triplets
 GAUSSIAN_STD = 0.02  # the authors' initial standard deviation of P and Q
 
@@ -132,8 +133,10 @@ class Triplets:
     @torch.no_grad()
     def reset(self, initialization: Initialization = "orthonormal") -> None:
         """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02)."""
-        if initialization not in ("orthonormal", "gaussian"):
-            raise ConfigError(f"initialization={initialization!r} is not known; use 'orthonormal' or 'gaussian'.")
+        if initialization not in INITIALIZATIONS:
+            raise ConfigError(
+                f"initialization={initialization!r} is not known; choose one of {sorted(INITIALIZATIONS)}."
+            )
         self.lam.zero_()
         for vectors in (self.p, self.q):
             if initialization == "gaussian":

@@ -13,9 +13,7 @@ from ..core.errors import ConfigError
 from ..core.orthogonality import Orthogonality
 from ..core.schedule import Span
 from ..core.settings import Settings
-from ..core.triplets import Initialization, automatic_gain
-
-INITIALIZATIONS = ("orthonormal", "gaussian")
+from ..core.triplets import INITIALIZATIONS, Initialization, automatic_gain
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..core.allocator import Allocator
@@ -247,9 +248,7 @@ def install() -> None:
         wanted = config.target_modules
         try:
             inject(self, model, adapter_name, *args, **kwargs)
-        except ValueError as error:
-            if type(error).__name__ != "NoMatchingPeftModuleError":
-                raise
+        except NoMatchingPeftModuleError as error:
             raise ConfigError(
                 f"target_modules={wanted!r} matches nothing in {type(model).__name__}"
                 + (f" (exclude_modules={config.exclude_modules!r})" if config.exclude_modules else "")

@@ -1,0 +1,73 @@
+"""What a saved training holds of the method: names of its tensors, and what makes it fit a model.
+
+Tensors are called "matrix/p", "matrix/lam", "matrix/q", "matrix/mask", and "matrix/p.sensitivity" and so on for averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .errors import StateError
+from .importance import Smoothed
+from .triplets import Factors, Triplets
+
+STATE_VERSION = 1
+
+
+def to_tensors(
+    triplets: Sequence[Triplets], masks: Sequence[Tensor], averages: Mapping[str, Smoothed]
+) -> dict[str, Tensor]:
+    """Copies of P, Λ, Q, the mask and the averages of every matrix, by name."""
+    tensors = {
+        f"{t.name}/{key}": value.detach().clone()
+        for t, mask in zip(triplets, masks, strict=True)
+        for key, value in (*Factors(*t.parameters)._asdict().items(), ("mask", mask))
+    }
+    for name, smoothed in averages.items():
+        tensors.update((f"{name}.{key}", value.clone()) for key, value in smoothed._asdict().items())
+    return tensors
+
+
+def factors_of(tensors: Mapping[str, Tensor], name: str) -> Factors:
+    return Factors(*(tensors[f"{name}/{key}"] for key in Factors._fields))
+
+
+def averages_of(tensors: Mapping[str, Tensor]) -> dict[str, Smoothed]:
+    names = [key.removesuffix(".sensitivity") for key in tensors if key.endswith(".sensitivity")]
+    return {name: Smoothed(*(tensors[f"{name}.{field}"] for field in Smoothed._fields)) for name in names}
+
+
+def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], metric: str) -> None:
+    """Refuse a state that is not of this model.
+
+    Raises:
+        StateError: it is of another model, metric or version, or its ranks cannot be taken over now.
+    """
+    tensors: Mapping[str, Tensor] = state["tensors"]
+    theirs, ours = {key.split("/")[0] for key in tensors}, {t.name for t in triplets}
+    if state["version"] != STATE_VERSION:
+        raise StateError(f"this state has version {state['version']}, this adalora reads {STATE_VERSION}.")
+    if theirs != ours:
+        raise StateError(
+            f"this state is of another model or other target modules: it lacks {sorted(ours - theirs)[:3]} and has"
+            f" {sorted(theirs - ours)[:3]} that are not adapted here."
+        )
+    if state["metric"] != metric:
+        raise StateError(
+            f"this state was made with importance={state['metric']!r}, this model has {metric!r};"
+            " train with the same importance to resume."
+        )
+    for t in triplets:
+        p, _, q = factors_of(tensors, t.name)
+        if (p.shape[0], q.shape[1]) != (t.p.shape[0], t.q.shape[1]):
+            raise StateError(
+                f"the state's {t.name} is {p.shape[0]} x {q.shape[1]}, the model's {t.p.shape[0]} x {t.q.shape[1]}."
+            )
+        if len(q) != t.rank and not t.is_resizable():
+            raise StateError(
+                f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph"
+                " or a distributed model: load the state before the first forward pass."
+            )
