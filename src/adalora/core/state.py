@@ -1,6 +1,6 @@
 """What a saved training holds of the method: names of its tensors, and what makes it fit a model.
 
-Tensors are called "matrix/p", "matrix/lam", "matrix/q", "matrix/mask", and "matrix/p.sensitivity" and so on for averages.
+Tensors are called "matrix/p", "matrix/lam", "matrix/q", "matrix/mask"; averages "matrix/p.sensitivity" ...
 """
 
 from __future__ import annotations

@@ -134,9 +134,7 @@ class Triplets:
     def reset(self, initialization: Initialization = "orthonormal") -> None:
         """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02)."""
         if initialization not in INITIALIZATIONS:
-            raise ConfigError(
-                f"initialization={initialization!r} is not known; choose one of {sorted(INITIALIZATIONS)}."
-            )
+            raise ConfigError(f"initialization={initialization!r} is not known; use 'orthonormal' or 'gaussian'.")
         self.lam.zero_()
         for vectors in (self.p, self.q):
             if initialization == "gaussian":
