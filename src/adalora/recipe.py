@@ -1,7 +1,8 @@
 """A validated recipe: everything that one training run depends on, in one YAML file.
 
 Field names are those of PEFT (section ``adalora``) and Transformers (section ``training``). A key that is not
-a field is an error that names the nearest one; nothing is ever ignored.
+a field is an error that names the nearest one; nothing is ever ignored. Recipes of trainers that have AdaLoRA as a
+training type (``train_type: adalora``) are read too.
 """
 
 from __future__ import annotations
@@ -164,6 +165,50 @@ class Recipe(_Section):
     facts: Facts | None = Field(None, description="Filled in by the run.")
 
 
+TRAIN_TYPE = "adalora"
+TRAIN_TYPE_KEYS: dict[str, int | float] = {
+    "adalora_target_r": 8,
+    "adalora_init_r": 12,
+    "adalora_tinit": 0,
+    "adalora_tfinal": 0,
+    "adalora_deltaT": 1,
+    "adalora_beta1": 0.85,
+    "adalora_beta2": 0.85,
+    "adalora_orth_reg_weight": 0.5,
+}
+"""Top-level keys of trainers that choose AdaLoRA by ``train_type: adalora``, and what they default to there."""
+
+
+def _in_sections(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A copy of ``raw`` whose keys of ``TRAIN_TYPE_KEYS`` are where ours are; those left out get their defaults.
+
+    Raises:
+        RecipeError: another training type, or one value in both spellings.
+    """
+    result = dict(raw)
+    flat = {_field(key): result.pop(key) for key in TRAIN_TYPE_KEYS if key in raw}
+    if "train_type" not in raw and not flat:
+        return result
+    if result.pop("train_type", TRAIN_TYPE) != TRAIN_TYPE:
+        raise RecipeError(
+            f"{source}: train_type should be {TRAIN_TYPE}, the one method here (given: {_short(raw['train_type'])})"
+        )
+    section = result.get("adalora")
+    if section is not None and not isinstance(section, Mapping):
+        return result  # validation says what a section is
+    section = section or {}
+    for name in flat:
+        if name in section:
+            raise RecipeError(f"{source}: adalora.{name} is the same as adalora_{name}: give one of the two")
+    defaults = {_field(key): value for key, value in TRAIN_TYPE_KEYS.items()}
+    result["adalora"] = {**defaults, **section, **flat}
+    return result
+
+
+def _field(key: str) -> str:
+    return key.removeprefix("adalora_")
+
+
 # --- from and to YAML -------------------------------------------------------------------------------
 
 
@@ -202,7 +247,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_raw(path: Path) -> dict[str, Any]:
-    """A recipe file as plain dictionaries, not yet validated."""
+    """A recipe file as plain dictionaries in our sections, not yet validated."""
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}: give the path of a YAML file, or none at all for the demo")
     try:
@@ -212,7 +257,7 @@ def read_raw(path: Path) -> dict[str, Any]:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a recipe: expected keys such as `model:` and `data:` at the top")
-    return raw
+    return _in_sections(raw, str(path))
 
 
 def demo_raw() -> dict[str, Any]:
@@ -227,13 +272,23 @@ def demo_raw() -> dict[str, Any]:
 
 
 def assigned(assignments: Iterable[str]) -> dict[str, Any]:
-    """The value at each dotted key of ``key=value`` texts, values read as YAML."""
-    values = {}
+    """The value at each dotted key of ``key=value`` texts, values read as YAML.
+
+    Those of ``TRAIN_TYPE_KEYS`` are named as ours are, so that they replace what a recipe says in either spelling.
+    """
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as --set training.learning_rate=1e-3")
-        values[key.strip()] = parse_yaml(value, f"--set {assignment}")
+        place = f"adalora.{_field(key)}" if key in TRAIN_TYPE_KEYS else key
+        if spelled.setdefault(place, key) != key:
+            raise RecipeError(f"--set {assignment}: {key} is the same as {spelled[place]}: give one of the two")
+        if place != key:
+            values.setdefault("train_type", TRAIN_TYPE)
+        values[place] = parse_yaml(value, f"--set {assignment}")
     return values
 
 
@@ -255,7 +310,7 @@ def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 def validate(raw: Mapping[str, Any], source: str) -> Recipe:
     """The recipe that ``raw`` describes; RecipeError with one line for each fault."""
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(_in_sections(raw, source))
     except ValidationError as error:
         faults = [_explain(detail) for detail in error.errors()]
     if len(faults) == 1:
@@ -316,7 +371,8 @@ def _unknown_key(keys: list[str]) -> str:
     """Name the nearest key of the same section, or the section where the key does belong."""
     *parents, key = keys
     section = _section(parents)
-    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    known = [*section.model_fields, *([] if parents else TRAIN_TYPE_KEYS)]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     homes = [name for name in ("data", "adalora", "training") if key in _section([name]).model_fields]
     if homes:
         advice = f"it belongs in the section `{homes[0]}`"

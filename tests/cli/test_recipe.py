@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from adalora import AdaLoraConfig
 from adalora.recipe import (
+    TRAIN_TYPE_KEYS,
     AdaLoraSection,
     Recipe,
     RecipeError,
@@ -23,6 +28,8 @@ from adalora.recipe import (
     validate,
     with_values,
 )
+
+from .conftest import Finished
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LEAST = {"model": "m", "data": {"train": "t.csv"}}
@@ -103,3 +110,101 @@ def test_differences_name_the_key_and_both_values() -> None:
     before = validate(LEAST, "before")
     after = validate({**LEAST, "seed": 3, "output": "elsewhere"}, "after")
     assert differences(before, after, ignore={"output"}) == ["seed was 0, is 3"]
+
+
+# --- train_type: adalora -----------------------------------------------------------------------------
+
+TRAIN_TYPE = {"train_type": "adalora"}
+THEIRS = {
+    **{"target_r": 8, "init_r": 12, "tinit": 0, "tfinal": 0, "deltaT": 1},
+    **{"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5},
+}
+
+
+def method(raw: dict[str, Any]) -> dict[str, Any]:
+    """The section ``adalora`` of the recipe, as resolved."""
+    return validate({**LEAST, **raw}, "test").adalora.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("raw", "changed"),
+    [
+        (TRAIN_TYPE, {}),
+        ({"adalora_beta1": 0.9}, {"beta1": 0.9}),  # one key of them is enough
+        ({**TRAIN_TYPE, **TRAIN_TYPE_KEYS}, {}),
+        ({**TRAIN_TYPE, "adalora_tinit": "2 epochs", "adalora_tfinal": 0.25}, {"tinit": "2 epochs", "tfinal": 0.25}),
+        ({**TRAIN_TYPE, "adalora": {"target_r": 4, "policy": "uniform"}}, {"target_r": 4, "policy": "uniform"}),
+        ({**TRAIN_TYPE, "adalora": None}, {}),
+    ],
+)
+def test_a_training_type_is_the_section_with_the_defaults_of_its_trainers(raw: dict, changed: dict) -> None:
+    assert method(raw) == {**method({"adalora": {"init_r": 12}}), **THEIRS, **changed}
+
+
+def test_without_a_training_type_our_own_defaults_stand() -> None:
+    assert method({})["orth_reg_weight"] != THEIRS["orth_reg_weight"]
+
+
+@pytest.mark.parametrize("file", [{}, {"adalora": {"target_r": 2, "tinit": 7}}, {"adalora_target_r": 2}])
+@pytest.mark.parametrize("key", ["adalora_target_r", "adalora.target_r"])
+def test_a_setting_takes_the_place_of_either_spelling(tmp_path: Path, file: dict, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, **file}))
+    raw = read_raw(path)
+    section = validate(with_values(raw, assigned([f"{key}=4"])), "test").adalora
+    assert section.target_r == 4
+    if "adalora" in file:
+        assert section.tinit == 7
+    if key == "adalora_target_r" or "adalora_target_r" in file:
+        assert (section.init_r, section.orth_reg_weight) == (12, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"train_type": "lora"}, "train_type should be adalora, the one method here (given: 'lora')"),
+        ({"adalora_tfinal": 1, "adalora": {"tfinal": 2}}, "adalora.tfinal is the same as adalora_tfinal: give one"),
+        ({"adalora_traget_r": 1}, "unknown key `adalora_traget_r`: did you mean `adalora_target_r`?"),
+        ({**TRAIN_TYPE, "adalora_initr": 1}, "unknown key `adalora_initr`: did you mean `adalora_init_r`?"),
+        ({**TRAIN_TYPE, "adalora_init_r": 0}, "adalora.init_r: should be greater than or equal to 1 (given: 0)"),
+        ({**TRAIN_TYPE, "adalora": 4}, "adalora: should be a section with keys of its own (given: 4)"),
+        ({"adalora": {"adalora_init_r": 3}}, "unknown key `adalora.adalora_init_r`: did you mean `adalora.init_r`?"),
+    ],
+)
+def test_a_training_type_that_cannot_be_meant_is_one_line(raw: dict, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        validate({**LEAST, **raw}, "r.yaml")
+    assert str(caught.value).startswith("r.yaml: ") and words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_two_settings_of_one_value_are_one_line() -> None:
+    with pytest.raises(RecipeError, match=r"adalora\.tinit is the same as adalora_tinit: give one of the two"):
+        assigned(["adalora_tinit=1", "adalora.tinit=2"])
+
+
+@pytest.mark.compatibility("Trainers and loops", "recipe keys of trainers with AdaLoRA as a training type")
+def test_a_recipe_with_a_training_type_trains(adalora: Callable[..., Finished], tiny_model: Path, files: Path) -> None:
+    recipe = {
+        "model": str(tiny_model),
+        "output": "run",
+        "train_type": "adalora",
+        "adalora_init_r": 3,
+        "adalora_tinit": "1 epoch",
+        "adalora_deltaT": 2,
+        "data": {"train": str(files / "train.csv"), "eval": str(files / "test.csv"), "max_length": 16},
+        "adalora": {"exclude_modules": ".*pooler.*"},
+        "training": {"num_train_epochs": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 8},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = adalora("train", "recipe.yaml", "--set", "adalora_target_r=2")
+    assert done.code == 0, done.err
+
+    written = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert not [key for key in written if key.startswith(("adalora_", "train_type"))]
+    given = {"target_r": 2, "init_r": 3, "tinit": "1 epoch", "deltaT": 2}
+    assert written["adalora"].items() >= {**THEIRS, **given}.items()
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["live_triplets"] == 2 * 12
+    trace = [json.loads(line) for line in Path("run/trace.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in trace if "step" in line] == [14, 16, 18, 20, 22, 24]  # after an epoch of 12

@@ -7,7 +7,7 @@ import typing
 
 from pydantic import BaseModel
 
-from adalora.recipe import AdaLoraSection, DataSection, Recipe, TrainingSection
+from adalora.recipe import TRAIN_TYPE_KEYS, AdaLoraSection, DataSection, Recipe, TrainingSection
 
 INTRODUCTION = """# Recipes
 
@@ -28,8 +28,31 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
 ]  # fmt: skip
 
 
+TRAIN_TYPE = """## `train_type: adalora`
+
+Trainers that offer AdaLoRA as a training type have its keys at the top of their recipes. They are read here, too, from
+a file and from `--set`. As soon as one of them or `train_type: adalora` is given, those left out have the defaults of
+this table instead of those of the section `adalora`. A run writes the section alone. It may stand beside them for
+everything else, such as `target_modules`; one value in both spellings is an error.
+
+```yaml
+model: demo:minilm
+train_type: adalora
+adalora_target_r: 4
+adalora_init_r: 6
+adalora_tinit: "0.5 epochs"
+data:
+  train: demo:rotten_tomatoes
+```
+
+| key | default | is |
+|---|---|---|"""
+
+
 def kind(annotation: object) -> str:
     """A type as a reader writes it."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return kind(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -66,6 +89,10 @@ def page() -> str:
                 f"| `{name}` | {kind(field.annotation)} | {default(section, name)} | {field.description or ''} |"
             )
         parts.append("")
+    parts.append(TRAIN_TYPE)
+    for key, value in TRAIN_TYPE_KEYS.items():
+        parts.append(f"| `{key}` | `{value}` | `adalora.{key.removeprefix('adalora_')}` |")
+    parts.append("")
     return "\n".join(parts)
 
 
