@@ -8,12 +8,13 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow compatibility lint format clean
 
 help:
 	@echo "make demo       fine-tune MiniLM on real film reviews and show where the budget went"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make compatibility  write docs/compatibility.md from what the tests see"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove the environment and what runs have written"
 
@@ -40,6 +41,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+compatibility: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m compatibility --compatibility docs/compatibility.md $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

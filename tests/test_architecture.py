@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room may import from rooms to its left, and from its neighbours: core <- hf <- WORKSHOPS <- DOORS. PLAIN ones know
 # neither PEFT nor the allocator and serve workshops and doors. Every room may use adalora.core.errors.
 PLAIN = {"tasks", "report", "recipe", "data", "files", "pretrained", "progress", "runs"}
-WORKSHOPS = {"methods", "training", "inference"}
+WORKSHOPS = {"methods", "training", "inference", "serving"}
 DOORS = {"bench", "cli", "__main__"}
 ARROWS: dict[str, set[str]] = {
     "core": set(),
@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     **dict.fromkeys(DOORS, {"core", "hf"} | PLAIN | WORKSHOPS | DOORS),
     "__init__": {"core", "hf"},
 }
-KNOW_PEFT = {"hf", "inference"}  # inference: to load what was trained with stock PEFT is its purpose
+KNOW_PEFT = {"hf", "inference", "serving"}  # the latter two load what was trained with stock PEFT alone
 
 
 def room_of(path: Path) -> str:
@@ -124,12 +124,14 @@ PUBLIC = [
     "StateError",
     "allocator",
     "compact",
+    "convert",
     "export_lora",
     "get_peft_model",
     "last_checkpoint",
     "load_state",
     "ranks",
     "save_state",
+    "upgrade",
 ]
 
 

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
         load_state,
         ranks,
         save_state,
+        upgrade,
     )
     from .hf.callback import AdaLoraCallback
     from .hf.config import AdaLoraConfig
+    from .hf.convert import convert
 
 __version__ = "0.1.0"
 
 _HOMES = {
     ".hf.config": ("AdaLoraConfig",),
     ".hf.callback": ("AdaLoraCallback",),
+    ".hf.convert": ("convert",),
     ".hf.adapters": (
         "allocator",
         "compact",
@@ -39,6 +42,7 @@ _HOMES = {
         "load_state",
         "ranks",
         "save_state",
+        "upgrade",
     ),
     ".core.allocator": ("Allocator",),
     ".core.errors": ("AdaLoraError", "ConfigError", "ScheduleError", "StateError"),
@@ -55,12 +59,14 @@ __all__ = [
     "StateError",
     "allocator",
     "compact",
+    "convert",
     "export_lora",
     "get_peft_model",
     "last_checkpoint",
     "load_state",
     "ranks",
     "save_state",
+    "upgrade",
 ]
 
 

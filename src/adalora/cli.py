@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .recipe import Recipe
     from .runs import Mode
+    from .serving import Exported
     from .training import Prepared
 
 _EXTRA_OF = dict.fromkeys(
@@ -177,6 +178,56 @@ def predict(
     console().print(answer_table(given, answers))
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run, a checkpoint, or any LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to.")],
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="lora, merged, gguf-ready or diffusers.")
+    ] = "lora",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.", show_default=False)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="K", help="Keep the best triplets, K a matrix on average.", show_default=False)
+    ] = None,
+    pad: Annotated[bool, typer.Option("--max-rank-pad", help="Bring every module to the largest rank.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where the base model is.", show_default=False)
+    ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Part of a Diffusers pipeline: unet, transformer, ...", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+) -> None:
+    """Write an adapter in the form that an engine reads.
+
+    lora: PEFT, vLLM and others. merged: one model for from_pretrained. gguf-ready: for llama.cpp's
+    convert_lora_to_gguf.py. diffusers: for load_lora_weights of a pipeline.
+    """
+    _quieten()
+    from . import serving
+
+    found = serving.export(
+        source, out, form, rank=rank, pad=pad, dtype=dtype, base=base, component=component, overwrite=overwrite
+    )
+    _show_exported(found)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of PEFT's AdaLoRA.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+) -> None:
+    """Make plain LoRA of a checkpoint of PEFT's AdaLoRA (peft_type ADALORA), of any version."""
+    _quieten()
+    from . import serving
+
+    _show_exported(serving.convert(source, out, overwrite=overwrite))
+
+
 def main() -> None:
     """Run the command line; every deliberate error becomes one line."""
     try:
@@ -196,6 +247,15 @@ def _fail(message: str, code: int) -> None:
         traceback.print_exc()
     typer.echo(f"Error: {message}", err=True)
     sys.exit(code)
+
+
+def _show_exported(found: Exported) -> None:
+    ranks = found.ranks.values()
+    spread = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    padding = "" if sum(ranks) == found.triplets else ", padded with zeros"
+    typer.echo(f"{len(ranks)} modules, {spread}, {found.triplets} triplets{padding}")
+    for name, size in found.files.items():
+        typer.echo(f"{found.folder / name}  {size:,} bytes")
 
 
 def _recipe(file: Path | None, flags: dict[str, Any], assignments: list[str], resume: bool) -> Recipe:

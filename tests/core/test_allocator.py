@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -542,10 +543,39 @@ def test_a_refused_allocator_is_not_driven() -> None:
     assert set(LIVE) <= before
 
 
+def test_without_a_number_of_steps_t_final_is_where_pruning_by_hand_ends() -> None:
+    """A length of the final phase in steps leaves room for one step, after which a loop by hand shows itself."""
+    toy, reference = Toy(), Toy()
+    allocator = Allocator(toy.triplets, plan(total_step=None, t_final=8))
+    planned = Allocator(reference.triplets, plan(total_step=8, t_final=0))
+    for step in range(1, 11):
+        for model, ours in ((toy, allocator), (reference, planned)):
+            model.loss(step).backward()
+            ours.before_step()
+            ours.after_step()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                ours.update_and_allocate(step)
+            expected = ["tfinal=8 is read as the step at which pruning ends"] if (step, ours) == (1, allocator) else []
+            assert [text for text in expected if text in str(caught[0].message)] == expected
+            assert len(caught) == len(expected)
+    assert allocator.trace == planned.trace and allocator.live == allocator.target_budget and allocator.frozen
+
+
+def test_a_loop_that_turns_out_not_to_be_by_hand_is_told_at_its_second_step() -> None:
+    toy = Toy()
+    allocator = Allocator(toy.triplets, plan(total_step=None, t_final=8))
+    toy.loss(1).backward()
+    allocator.before_step()
+    allocator.after_step()
+    with pytest.raises(ScheduleError, match=r"AdaLoraConfig\(total_step=.*update_and_allocate"):
+        allocator.before_step()
+
+
 def test_without_a_number_of_steps_the_first_one_explains_itself() -> None:
     """Both ways to give it are named, and nothing has happened: given the number, the very same step can be taken."""
     toy, planned = Toy(), Toy()
-    allocator = Allocator(toy.triplets, plan(total_step=None))
+    allocator = Allocator(toy.triplets, plan(total_step=None, t_final=0.25))
     reference = Allocator(planned.triplets, plan())
     assert "unknown" in allocator.describe() and allocator.budget == 12 and allocator.header()["schedule"] is None
     toy.loss(1).backward()

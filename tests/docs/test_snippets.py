@@ -41,6 +41,7 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
+@pytest.mark.filterwarnings("ignore:total_step is not given, so tfinal")  # what the guide says it does
 def test_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small local model for the hub's, and a base model, batches and a data set that the reader has."""
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,14 @@
-"""Faults of existing implementations under "Numbers" and "Save, load, resume" of the design, each as it shows there.
+"""Faults of existing implementations, each as it shows there.
 
-Elsewhere in these tests: infinite gradients, skipped steps, accumulation, half precision and the loss in
-``test_loops.py``; rank 0 in ``test_adapters.py``; resumption before, during and after pruning in ``test_resume.py``.
+Elsewhere in these tests, by the headings of the design's list:
+
+- Allocation that silently never runs: the loops of ``test_loops.py`` and ``test_trainers.py``; ``add_adapter`` and
+  ``inject_adapter_in_model`` in ``test_adapters.py`` and ``test_several_adapters.py``.
+- Numbers: infinite gradients, skipped steps, accumulation, half precision and the loss in ``test_loops.py``.
+- Save, load, resume: rank 0 in ``test_adapters.py``; before, during and after pruning in ``test_resume.py``.
+- Adapters and backends: names and several trainable adapters in ``test_several_adapters.py``; quantized layers in
+  ``test_quantized.py``; parameters that shrink in ``test_adapters.py``; DDP with gradient checkpointing in
+  ``tests/distributed``; the documented example in ``test_starts.py``.
 """
 
 from __future__ import annotations
@@ -90,6 +97,7 @@ def test_no_step_is_magic(offset: int) -> None:
     assert sum(t.rank for t in adalora.allocator(model).triplets) == 2 * len(adalora.ranks(model))
 
 
+@pytest.mark.compatibility("PEFT's AdaLoRA", "`update_and_allocate(step)` of the model or of `base_model`")
 def test_allocating_by_hand_with_the_hooks_numbers_is_the_same() -> None:
     by_hand, by_itself = make(), make()
     for model in (by_hand, by_itself):
@@ -108,6 +116,7 @@ def test_allocating_before_any_step_is_a_clear_error() -> None:
         make().update_and_allocate(1)
 
 
+@pytest.mark.compatibility("PEFT's own methods", "`print_trainable_parameters`")
 def test_trainable_parameters_are_counted_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """There: init_r to the end."""
     model = make()
@@ -133,6 +142,7 @@ def test_adapter_names_that_begin_alike() -> None:
     assert adalora.allocator(model, "default_2").step == 0
 
 
+@pytest.mark.compatibility("Saving, loading, resuming", "`copy.deepcopy`, `torch.save` of a whole model")
 def test_a_whole_model_can_be_pickled_and_goes_on_allocating() -> None:
     model = make()
     one_step(model, adamw(model))
@@ -146,6 +156,7 @@ def test_a_whole_model_can_be_pickled_and_goes_on_allocating() -> None:
     assert adalora.allocator(again).live == 2 * len(adalora.ranks(again))
 
 
+@pytest.mark.compatibility("Optimizers and precision", "Gradient checkpointing, reentrant and not")
 def test_gradient_checkpointing() -> None:
     """There, with DDP: parameters "marked ready twice", as the regulariser is a second use of them in the graph."""
     results = []
@@ -165,3 +176,57 @@ def test_gradient_checkpointing() -> None:
         results.append((adalora.ranks(model), model(**batch("SEQ_CLS")).loss.item()))
     assert results[0][0] == results[1][0]
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.compatibility("PEFT's AdaLoRA", "`update_and_allocate` after `zero_grad` of either kind")
+def test_allocating_after_zero_grad_is_allocating_before_it(set_to_none: bool) -> None:
+    """There: every rank pruned to 0, or a TypeError. The importance is taken before the optimizer's step."""
+    lived = []
+    for after in (False, True):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = adamw(model)
+        for step in range(1, STEPS + 1):
+            model(**batch("SEQ_CLS", step)).loss.backward()
+            optimizer.step()
+            if after:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            model.update_and_allocate(step)
+            optimizer.zero_grad(set_to_none=set_to_none)
+        lived.append(adalora.ranks(model))
+    assert lived[0] == lived[1] and sum(lived[0].values()) == adalora.allocator(model).target_budget
+
+
+def test_without_a_task_type_the_regulariser_acts_all_the_same() -> None:
+    """There: skipped without a word when ``task_type`` is None, or when the loss is computed from the logits."""
+    trained = []
+    for task_type, from_logits in (("SEQ_CLS", False), (None, False), (None, True)):
+        torch.manual_seed(0)
+        base = bert()
+        torch.manual_seed(1)
+        model = adalora.get_peft_model(
+            base,
+            AdaLoraConfig(
+                task_type=task_type, target_modules=["query"], target_r=2, init_r=4, total_step=STEPS, tinit=1,
+                tfinal=3, orth_reg_weight=5.0, initialization="gaussian", modules_to_save=["classifier"],
+            ),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD([t for t in model.parameters() if t.requires_grad], 1e-2)
+        for step in range(1, STEPS + 1):
+            rows = batch("SEQ_CLS", step)
+            if from_logits:
+                labels = rows.pop("labels")
+                loss = nn.functional.cross_entropy(model(**rows).logits, labels)
+            else:
+                loss = model(**rows).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(
+            torch.cat([w.detach().flatten() for t in adalora.allocator(model).triplets for w in t.parameters])
+        )
+        errors = adalora.allocator(model).orthogonality_error()
+        assert errors < 1.5, "it was 2 at the start, and nothing else brings it down"
+    torch.testing.assert_close(trained[1], trained[0])
+    torch.testing.assert_close(trained[2], trained[0])

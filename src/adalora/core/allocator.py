@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -178,7 +178,8 @@ class Allocator:
     def before_step(self, grad_scale: Tensor | None = None, *, again: bool = False) -> None:
         """Add the regulariser's gradient, once however many batches were accumulated, and update the importance.
 
-        A step for which no parameter of this model has a gradient is not this model's step: nothing happens.
+        A step for which no trainable parameter of this model has a gradient is not this model's step: nothing happens.
+        (An adapter that is not active is frozen; its gradients may be zeros of an earlier step.)
 
         Args:
             grad_scale: factor by which a loss scaler has multiplied the gradients, if they are still scaled.
@@ -189,7 +190,7 @@ class Allocator:
         """
         if self._stepping and not again:
             return  # an optimizer that wraps another runs the hooks of both
-        if all(w.grad is None for t in self.triplets for w in t.parameters):
+        if all(w.grad is None or not w.requires_grad for t in self.triplets for w in t.parameters):
             return
         for t in self.triplets:
             if not t.rank:
@@ -202,12 +203,13 @@ class Allocator:
                 stacklevel=2,
             )
         self._refresh()
-        if self.schedule is None and not self.frozen:
+        if self.schedule is None and not self.frozen and not (self.step == 0 and self.settings.may_be_by_hand):
             raise ScheduleError(
                 "AdaLoRA does not know how many optimizer steps the training will take, so it cannot lay out its"
                 " budget. Either give the number, AdaLoraConfig(total_step=...), or train with a Trainer and"
                 " callbacks=[AdaLoraCallback()], which reads it there. (Lengths in epochs need"
-                " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own.)"
+                " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own; loops that call"
+                " update_and_allocate(step) after each optimizer step may give tfinal in steps instead.)"
             )
         self._stepping = True
         if self.settings.orthogonality_weight:
@@ -245,7 +247,7 @@ class Allocator:
                 " optimizer.step(), with an optimizer that holds the adapter's parameters."
             )
         if self.schedule is None:
-            raise ScheduleError(f"update_and_allocate({step}) needs AdaLoraConfig(total_step=...).")
+            self._plan_by_hand(step)
         if not self.manual:
             self.manual = True
             if self._lam_before_mask is not None:  # the hook has masked at its own count of this very step
@@ -273,7 +275,7 @@ class Allocator:
                 " what is saved is always compact."
             )
         self._refresh()
-        self._apply(self.mask)
+        self._stacks.mask_lam(self.mask)
         for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
             triplets.keep(mask.nonzero().flatten(), optimizer)
         self._stacks, self._scoring = self._lay_out()
@@ -350,9 +352,22 @@ class Allocator:
 
     def _plan_if_told(self) -> None:
         """Lay out the schedule if the settings alone say how; epochs wait for a plan that knows their length."""
-        spans = (self.settings.t_init, self.settings.t_final, self.settings.delta_t)
-        if self.settings.total_step is not None and not any(isinstance(span, str) for span in spans):
+        if self.settings.total_step is not None and not self.settings.counts_epochs:
             self.plan(self.settings.total_step)
+
+    def _plan_by_hand(self, step: int) -> None:
+        """Without a total, ``tfinal`` is all that says when pruning ends: examples for PEFT are written so."""
+        settings = self.settings
+        if not settings.may_be_by_hand:
+            raise ScheduleError(f"update_and_allocate({step}) needs AdaLoraConfig(total_step=...).")
+        end = int(settings.t_final)
+        self.schedule = replace(settings, t_final=0).schedule(self.initial_budget, len(self.triplets), end, None)
+        warnings.warn(
+            f"total_step is not given, so tfinal={end} is read as the step at which pruning ends, not as the length of"
+            f" the final phase: {self.initial_budget} triplets until step {self.schedule.t_init},"
+            f" {self.target_budget} from step {end} on. Give total_step to say how long training is.",
+            stacklevel=4,
+        )
 
     def _lay_out(self) -> tuple[Stacks, Scoring]:
         """For the present ranks and device; without averages."""
@@ -388,7 +403,7 @@ class Allocator:
             self._lam_before_mask = [t.lam.detach().clone() for t in self.triplets]
         budget = schedule.budget(step)
         self.mask = POLICIES[self.settings.policy](self.scores(), budget, self.sizes)
-        self._apply(self.mask)
+        self._stacks.mask_lam(self.mask)
         allocation = Allocation(step, budget, self._live_counts(), self.orthogonality_error())
         self.trace.append(allocation)
         if self.trace_file is not None:
@@ -405,9 +420,4 @@ class Allocator:
         if self.settings.compact and self.is_resizable(optimizer):
             self.compact(optimizer)
         else:
-            self._apply(self.mask)  # the optimizer's momentum has moved them
-
-    @torch.no_grad()
-    def _apply(self, mask: Tensor) -> None:
-        lams = [t.lam.data for t in self.triplets]
-        torch._foreach_mul_(lams, split(mask.to(lams[0].dtype), self.sizes))
+            self._stacks.mask_lam(self.mask, optimizer)  # the optimizer's momentum has moved them

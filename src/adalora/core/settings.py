@@ -59,6 +59,18 @@ class Settings:
         if self.delta_t == 0:
             raise ConfigError(f"deltaT={self.delta_t} must be at least 1 step between two allocations.")
 
+    @property
+    def may_be_by_hand(self) -> bool:
+        """Whether a schedule without the total number of steps can be meant: pruning then ends at step ``t_final``."""
+        if self.total_step is not None or type(self.t_final) is not int:
+            return False
+        return self.t_final > (self.t_init if type(self.t_init) is int else 0)
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether a length is in epochs, so that the schedule must wait for someone who knows theirs."""
+        return any(isinstance(span, str) for span in (self.t_init, self.t_final, self.delta_t))
+
     def schedule(self, initial_budget: int, matrices: int, total_step: int, steps_per_epoch: float | None) -> Schedule:
         def steps(span: Span, name: str) -> int:
             return to_steps(span, name=name, total_step=total_step, steps_per_epoch=steps_per_epoch)

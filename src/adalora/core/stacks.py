@@ -48,11 +48,12 @@ class Stack:
                 w.grad = torch.zeros_like(w)
         if trained:
             gradients = [gradient_of(w) for w, _ in trained]
-            torch._foreach_add_(gradients, [rows.to(w.dtype) for w, rows in trained])
+            torch._foreach_add_(gradients, [rows.to(w.dtype).view_as(w) for w, rows in trained])
 
     def _rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Singular vectors as rows: Q as it is, P transposed (views)."""
-        return [tensor.mT if side == "p" else tensor for tensor, (_, side) in zip(tensors, self.members, strict=True)]
+        matrices = [tensor.flatten(1) for tensor in tensors]  # of a convolution; the others are matrices already
+        return [matrix.mT if side == "p" else matrix for matrix, (_, side) in zip(matrices, self.members, strict=True)]
 
 
 class Stacks:
@@ -64,7 +65,7 @@ class Stacks:
         self.device = triplets[0].lam.device
         members: dict[tuple[int, int], list[tuple[int, str]]] = {}
         for k, t in enumerate(triplets):
-            for side, d in (("p", t.p.shape[0]), ("q", t.q.shape[1])):
+            for side, d in zip("pq", t.shape, strict=True):
                 if t.rank:
                     members.setdefault((t.rank, d), []).append((k, side))
         offsets = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
@@ -82,6 +83,24 @@ class Stacks:
     @torch.no_grad()
     def lam_gradient(self) -> Tensor:
         return wide(torch.cat([gradient_of(t.lam) for t in self.triplets]))
+
+    @torch.no_grad()
+    def mask_lam(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """λ = 0 where the mask, [sum of sizes], is False.
+
+        Args:
+            optimizer: its state, too: averages of λ, as schedule-free optimizers keep them, would bring these back.
+        """
+        masks = split(mask.to(self.triplets[0].lam.dtype), self.sizes)
+        pairs = [(t.lam.data, m) for t, m in zip(self.triplets, masks, strict=True)]
+        if optimizer is not None:
+            pairs += [
+                (value, m)
+                for t, m in zip(self.triplets, masks, strict=True)
+                for value in optimizer.state.get(t.lam, {}).values()
+                if type(value) is Tensor and value.shape == m.shape and value.is_floating_point()
+            ]
+        torch._foreach_mul_([values for values, _ in pairs], [m for _, m in pairs])
 
     @torch.no_grad()
     def add_orthogonality_gradient(self, weight: float, kind: Orthogonality, grad_scale: Tensor | None) -> None:

@@ -62,9 +62,11 @@ def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], metric: st
         )
     for t in triplets:
         p, _, q = factors_of(tensors, t.name)
-        if (p.shape[0], q.shape[1]) != (t.p.shape[0], t.q.shape[1]):
+        theirs_shape, ours_shape = (p.shape[0], *q.shape[1:]), (t.p.shape[0], *t.q.shape[1:])
+        if theirs_shape != ours_shape:
             raise StateError(
-                f"the state's {t.name} is {p.shape[0]} x {q.shape[1]}, the model's {t.p.shape[0]} x {t.q.shape[1]}."
+                f"the state's {t.name} is {' x '.join(map(str, theirs_shape))},"
+                f" the model's {' x '.join(map(str, ours_shape))}."
             )
         if len(q) != t.rank and not t.is_resizable():
             raise StateError(

@@ -5,14 +5,18 @@
 Letters: P left vectors, Λ/λ singular values, Q right vectors, r rank, ρ constant gain of one matrix, s scaling of
 LoRA (kept by the layer that adds the update to its output).
 A *triplet* i is (P[:, i], λ[i], Q[i, :]).
+
+The factors of a convolution keep the shapes of its two kernels, Q [r, in, *kernel] and P [out, r, 1, ...]: a triplet
+is the same slice there, and all mathematics reads them as matrices, [r, in·kernel] and [out, r].
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +42,35 @@ class SingularProjection(nn.Module):
     """The right half of an update: x -> ρ·Λ Q x, in the place of LoRA's ``lora_A``.
 
     Args:
-        right_vectors: Q, [r, d_in].
+        right_vectors: Q, [r, d_in], or [r, in, *kernel] of a convolution.
         gain: ρ, a constant. Under Adam it acts as a ρ times larger learning rate for Λ alone.
+        apply: (x, Q) -> Q x; a convolution brings its stride and padding along.
     """
 
-    def __init__(self, right_vectors: Tensor, gain: float = 1.0) -> None:
+    def __init__(
+        self, right_vectors: Tensor, gain: float = 1.0, apply: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> None:
         super().__init__()
         self.right_vectors = nn.Parameter(right_vectors)
         self.singular_values = nn.Parameter(right_vectors.new_zeros(right_vectors.shape[0]))
         self.gain = gain
+        self.apply_vectors = apply
         self.allocator: Any = None  # whose budget the triplets are under, if any
 
     @property
     def weight(self) -> Tensor:
-        """ρ·Λ Q, [r, d_in]: what LoRA calls A. Whatever reads ``lora_A.weight`` (merge, DoRA, ...) stays right."""
-        return (self.gain * self.singular_values).unsqueeze(1) * self.right_vectors
+        """ρ·Λ Q, shaped as Q: what LoRA calls A. Whatever reads ``lora_A.weight`` (merge, DoRA, ...) stays right."""
+        return self._along_triplets(self.right_vectors.ndim - 1) * self.right_vectors
+
+    @property
+    def requires_grad(self) -> bool:
+        """As of the bare parameter that it stands for in an embedding's layer."""
+        return self.right_vectors.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        """As of the bare parameter that it stands for in an embedding's layer."""
+        return self.right_vectors.device
 
     @property
     def in_features(self) -> int:
@@ -63,11 +81,22 @@ class SingularProjection(nn.Module):
         return self.right_vectors.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in] -> [..., r]."""
-        return F.linear(x, self.right_vectors) * (self.gain * self.singular_values)
+        """x: [..., d_in] -> [..., r]; of a convolution, [..., in, *size] -> [..., r, *size]."""
+        return self.apply_vectors(x, self.right_vectors) * self._along_triplets(self.right_vectors.ndim - 2)
+
+    def _along_triplets(self, trailing: int) -> Tensor:
+        """ρ·λ with so many trailing dimensions of size 1: [r, 1, ...]."""
+        return (self.gain * self.singular_values).view(-1, *[1] * trailing)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, rank={self.out_features}, gain={self.gain:.4g}"
+
+
+class HasWeight(Protocol):
+    """Anything whose ``weight`` is P: LoRA's ``lora_B``, a linear layer or a convolution of size 1."""
+
+    @property
+    def weight(self) -> Any: ...
 
 
 @dataclass(eq=False)
@@ -76,12 +105,12 @@ class Triplets:
 
     Args:
         name: of the adapted module, unique in its allocator.
-        left: a module whose ``weight`` is P, [d_out, r] (LoRA's ``lora_B``).
+        left: its ``weight`` is P, [d_out, r] (LoRA's ``lora_B``).
         right: holds Q and Λ.
     """
 
     name: str
-    left: nn.Module
+    left: HasWeight
     right: SingularProjection
 
     @classmethod
@@ -104,7 +133,7 @@ class Triplets:
 
     @property
     def p(self) -> nn.Parameter:
-        return self.left.weight  # type: ignore[return-value]
+        return self.left.weight  # type: ignore[no-any-return]
 
     @property
     def lam(self) -> nn.Parameter:
@@ -119,12 +148,23 @@ class Triplets:
         return self.p, self.lam, self.q
 
     @property
+    def factors(self) -> Factors:
+        """P, λ, Q as matrices: [d_out, r], [r], [r, d_in] (views)."""
+        return Factors(self.p.flatten(1), self.lam, self.q.flatten(1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the update as a matrix."""
+        return self.p.shape[0], math.prod(self.q.shape[1:])
+
+    @property
     def rank(self) -> int:
         return self.lam.shape[0]
 
     def delta(self, scale: float = 1.0) -> Tensor:
         """ΔW = s·ρ·P Λ Q, [d_out, d_in]."""
-        return scale * (self.p @ self.right.weight)
+        p, lam, q = self.factors
+        return scale * (p @ ((self.right.gain * lam).unsqueeze(1) * q))
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """x: [..., d_in] -> s·ρ·P Λ Q x: [..., d_out]. The plain path that faster ones are tested against."""
@@ -144,9 +184,14 @@ class Triplets:
 
     @torch.no_grad()
     def assign(self, factors: Factors) -> None:
-        """Take over these values, and their rank. Parameters stay the same objects; stale gradients are dropped."""
-        for parameter, value in zip(self.parameters, factors, strict=True):
-            value = value.detach().to(parameter)
+        """Take over these values, and their rank. Parameters stay the same objects; stale gradients are dropped.
+
+        Matrices are brought to the shapes of a convolution's factors.
+        """
+        rank = len(factors.lam)
+        for parameter, value, dim in zip(self.parameters, factors, TRIPLET_DIMS, strict=True):
+            shape = [rank if d == dim else size for d, size in enumerate(parameter.shape)]
+            value = value.detach().to(parameter).reshape(shape)
             parameter.grad = None
             if value.shape == parameter.shape:
                 parameter.copy_(value)
@@ -220,15 +265,24 @@ def _replace(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> 
     ``parameter.data = data`` would do until the next backward pass: a loop that still holds its last loss also holds
     the node that accumulates this parameter's gradient, which remembers the old shape.
     """
-    trained = parameter.__dict__.pop("_trained", parameter.requires_grad)
-    replacement = nn.Parameter(data, requires_grad=trained and data.numel() > 0)  # some optimizers trip over empty ones
-    replacement.grad = gradient if replacement.requires_grad else None
+    # An empty one still requires a gradient: PEFT turns all of them on when an adapter was disabled for a while, and
+    # activation checkpointing compares what was saved before with what is saved after.
+    replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    replacement.grad = gradient if data.numel() else None
     replacement.__dict__.update(parameter.__dict__)
-    if not data.numel():
-        replacement.__dict__["_trained"] = trained  # for when it is filled again
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         setattr(replacement, hooks, getattr(parameter, hooks))
+    torch.clear_autocast_cache()  # in a step under autocast it holds a weak reference, which swap_tensors refuses
     torch.utils.swap_tensors(parameter, replacement)  # type: ignore[no-untyped-call]
+    hooks_after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    if not data.numel() and parameter.requires_grad and _drop_empty_gradient not in hooks_after.values():
+        parameter.register_post_accumulate_grad_hook(_drop_empty_gradient)  # type: ignore[no-untyped-call]
+
+
+def _drop_empty_gradient(parameter: Tensor) -> None:
+    """Some optimizers trip over empty tensors, and so does clipping by the infinity norm."""
+    if not parameter.numel():
+        parameter.grad = None
 
 
 def _is_free(parameter: nn.Parameter) -> bool:
@@ -255,16 +309,16 @@ def from_product(b: Tensor, a: Tensor) -> Factors:
     """The singular value decomposition of B A without ever forming it: QR of both factors, SVD of the small core.
 
     Args:
-        b: [d_out, r]
-        a: [r, d_in]
+        b: [d_out, r], or [out, r, 1, ...]
+        a: [r, d_in], or [r, in, *kernel]
 
     Returns:
         P with orthonormal columns, λ in descending order, Q with orthonormal rows, so that P Λ Q = B A; their rank
         is min(r, d_out, d_in).
     """
     dtype = torch.promote_types(b.dtype, torch.float32)  # QR and SVD have no half-precision kernels
-    left, left_core = torch.linalg.qr(b.to(dtype))
-    right, right_core = torch.linalg.qr(a.to(dtype).T)
+    left, left_core = torch.linalg.qr(b.flatten(1).to(dtype))
+    right, right_core = torch.linalg.qr(a.flatten(1).to(dtype).T)
     u, lam, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     return Factors(left @ u, lam, vh @ right.T)
 
@@ -275,10 +329,10 @@ def from_rows(b: Tensor, a: Tensor) -> Factors:
 
     Rows that are zero keep λ = 0 and Q = 0.
     """
-    rows = a.to(torch.promote_types(a.dtype, torch.float32))  # a small row's norm underflows in half precision
+    rows = a.flatten(1).to(torch.promote_types(a.dtype, torch.float32))  # small norms underflow in half precision
     lam = rows.norm(dim=1)
     q = rows / lam.clamp_min(torch.finfo(rows.dtype).tiny).unsqueeze(1)
-    return Factors(b, lam.to(a), q.to(a))
+    return Factors(b.flatten(1), lam.to(a), q.to(a))
 
 
 @torch.no_grad()

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .layers import install
+from .installation import install
 
 install()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft import get_peft_model as peft_get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,10 +19,21 @@ from torch import nn
 from ..core.allocator import Allocator
 from ..core.errors import ConfigError, StateError
 from .config import AdaLoraConfig
-from .layers import adapted_layers, adapter_names, projection
+from .files import replacing, save_tensors
+from .layers import (
+    adapted_layers,
+    adapted_model,
+    adapter_names,
+    is_trained,
+    lora_layers,
+    projection,
+    triplets_of,
+    upgrade_layers,
+)
+from .plain import PREFIX, Pair, PlainAdapter, shapes_of
 
 STATE_NAME = "adalora_state.safetensors"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_LORA_FIELDS = [f.name for f in fields(LoraConfig) if f.init and f.name != "peft_type"]
 
 
 def get_peft_model(model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
@@ -38,6 +49,56 @@ def get_peft_model(model: nn.Module, config: AdaLoraConfig, adapter_name: str = 
         )
     adapted: PeftModel = peft_get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
     return adapted
+
+
+def upgrade(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> Allocator:
+    """Take a plain LoRA adapter of this model under a budget: pruning starts from what it has learned.
+
+    Every B A becomes P Λ Q, its singular value decomposition, so the model computes what it did. Make optimizers after
+    this: the parameters are new ones.
+
+    Args:
+        model: with the LoRA adapter in it, however it came there (PEFT, or ``add_adapter`` of Transformers).
+        adapter_name: of the adapter.
+        config: says the budget and the schedule. What an adapter is made of (ranks, scale, targets, ...) stays the
+            adapter's own; ``init_r`` is its rank.
+
+    Raises:
+        StateError: there is no such adapter, it is AdaLoRA's already, or it is frozen.
+        ConfigError: another kind of adapter or configuration, or a target above the adapter's ranks.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if adapter_name not in adapters:
+        raise StateError(
+            f"this {type(model).__name__} has no adapter {adapter_name!r}"
+            f" ({', '.join(adapters) or 'none at all'}): load or make a LoRA adapter first."
+        )
+    present = adapters[adapter_name]
+    if not isinstance(config, AdaLoraConfig):
+        raise ConfigError(f"adalora.upgrade takes an AdaLoraConfig, not {type(config).__name__}.")
+    if isinstance(present, AdaLoraConfig):
+        raise StateError(f"{adapter_name!r} is AdaLoRA's already; its budget is that of its own configuration.")
+    if type(present) is not LoraConfig:
+        raise ConfigError(
+            f"{adapter_name!r} is a {type(present).__name__}; LoRA adapters alone can be upgraded"
+            " (a checkpoint of PEFT's AdaLoRA: adalora.convert makes a LoRA adapter of it)."
+        )
+    inner = adapted_model(model)
+    if not any(is_trained(layer, adapter_name) for _, layer in lora_layers(inner, adapter_name)):
+        raise StateError(
+            f"{adapter_name!r} is frozen, so there is nothing to train: load it with is_trainable=True, or make it"
+            " the active adapter."
+        )
+    if config.target_r is not None and config.target_r > present.r:
+        raise ConfigError(
+            f"target_r={config.target_r} is above the rank {present.r} of {adapter_name!r}: AdaLoRA only prunes."
+        )
+    budget = {f.name: getattr(config, f.name) for f in fields(AdaLoraConfig) if f.name not in _LORA_FIELDS}
+    lora = {name: getattr(present, name) for name in _LORA_FIELDS}
+    upgraded = AdaLoraConfig(**{**lora, **budget, "r": present.r, "init_r": present.r})
+    found = upgrade_layers(inner, adapter_name, upgraded, keep_vectors=True)
+    adapters[adapter_name] = upgraded
+    return found
 
 
 def allocator(model: nn.Module, adapter_name: str | None = None) -> Allocator:
@@ -68,43 +129,57 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ad
     allocator(model, adapter_name).compact(getattr(optimizer, "optimizer", optimizer))
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    rank: int | None = None,
+    pad: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write the adapter as plain LoRA: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B = P, A = s·ρ·Λ Q, and the configuration makes the scale 1, for engines that read rank patterns and for those that
     do not. Both files are written beside their place first. ``model.save_pretrained`` writes the same two.
+
+    Args:
+        model: any model with the adapter in it.
+        directory: where to write.
+        adapter_name: may be left out when the model has one AdaLoRA adapter.
+        rank: keep only the best triplets of all modules together, so many a matrix on average.
+        pad: bring every module to the largest rank with zeros, for engines that want uniform tensors.
+        dtype: of the tensors in the file.
 
     Returns:
         the directory.
 
     Raises:
         StateError: the model has no such adapter.
+        ConfigError: a rank above what is there, or a type that cannot hold the values.
     """
     name = _adapter_name(model, adapter_name)
     config: AdaLoraConfig = model.peft_config[name]  # type: ignore[assignment, index]
-    weights = {key: value.contiguous() for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    weights = get_peft_model_state_dict(model, adapter_name=name)
     prefix = "" if all(key.startswith("base_model.model.") for key in weights) else "base_model.model."
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
     inference_mode, base = config.inference_mode, config.base_model_name_or_path
-    try:
-        save_file(
-            {prefix + key: value.detach().clone() for key, value in weights.items()},
-            beside / ADAPTER_FILES[0],
-            metadata={"format": "pt"},
-        )
-        config.inference_mode = True
-        config.base_model_name_or_path = base or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        config.save_pretrained(str(beside))
-        weights_file, config_file = (beside / file for file in ADAPTER_FILES)
-        weights_file.chmod(config_file.stat().st_mode)  # safetensors writes for its owner alone; servers are others
-        for file in ADAPTER_FILES:
-            (beside / file).replace(target / file)
-    finally:
-        config.inference_mode, config.base_model_name_or_path = inference_mode, base
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
+    with replacing(directory) as beside:
+        try:
+            config.inference_mode = True
+            config.base_model_name_or_path = (
+                base or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+            )
+            config.save_pretrained(str(beside))
+        finally:
+            config.inference_mode, config.base_model_name_or_path = inference_mode, base
+        tensors = {prefix + key: value for key, value in weights.items()}
+        save_tensors(tensors, beside, _pruned(model, name, tensors))
+        if rank is not None or pad or dtype is not None:
+            plain = PlainAdapter.read(beside)
+            plain = plain if rank is None else plain.truncate(rank)
+            plain = plain.padded() if pad else plain
+            (plain if dtype is None else plain.to(dtype)).write(beside)
+    return Path(directory)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -163,6 +238,18 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
         if path.parent.name.removeprefix("checkpoint-").isdigit()
     ]
     return max(complete)[1] if complete else None
+
+
+def _pruned(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The modules that have no tensors in the file, with the shapes that these would have."""
+    found = {}
+    for full, layer in adapted_layers(model, adapter_name):
+        name = full.removeprefix(PREFIX)
+        if not any(key.startswith(f"{PREFIX}{name}.lora_") for key in tensors):
+            p, _, q = triplets_of(layer, adapter_name).parameters
+            b, a = p.new_zeros(p.shape[0], 0, *p.shape[2:]), q.new_zeros(0, *q.shape[1:])
+            found[name] = Pair(b, a, adapter_name in layer.lora_embedding_A)
+    return shapes_of(found)
 
 
 def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
@@ -14,6 +14,16 @@ from ..core.orthogonality import Orthogonality
 from ..core.schedule import Span
 from ..core.settings import Settings
 from ..core.triplets import INITIALIZATIONS, Initialization, automatic_gain
+from .plain import plain_config
+
+NOT_WITH_ADALORA = {
+    "target_parameters": "PEFT keeps the factors of all experts in one pair of matrices, whose ranks cannot differ.",
+    "use_bdlora": "block-diagonal factors have no singular vectors.",
+    "kasa_config": "it has singular values and a regulariser of its own.",
+    "monteclora_config": "it draws its factors at random.",
+    "velora_config": "it compresses the input of lora_A, whose place is taken by Q and the singular values.",
+    "arrow_config": "it routes among adapters that have been trained; train them with AdaLoRA, export them, and route.",
+}
 
 
 @dataclass
@@ -29,7 +39,7 @@ class AdaLoraConfig(LoraConfig):
         init_r: rank before pruning; by default one and a half times ``target_r``, as in the paper.
         tinit: warm-up before pruning starts.
         tfinal: final phase, trained with the ranks fixed.
-        deltaT: distance between two allocations.
+        deltaT: distance between two allocations; ``delta_t`` is read as this.
         beta1: decay rate of the smoothed sensitivity.
         beta2: decay rate of the uncertainty.
         orth_reg_weight: weight γ of the orthogonality regulariser, which is never part of the reported loss.
@@ -68,6 +78,7 @@ class AdaLoraConfig(LoraConfig):
         default="before_step", metadata={"help": "Weights at which sensitivity is taken."}
     )
     compact: bool = field(default=True, metadata={"help": "Slice pruned triplets away in the final phase."})
+    delta_t: InitVar[Span | None] = None
 
     @classmethod
     def paper(cls, **settings: Any) -> AdaLoraConfig:
@@ -87,7 +98,13 @@ class AdaLoraConfig(LoraConfig):
         }
         return cls(**{**choices, **settings})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, delta_t: Span | None) -> None:
+        if delta_t is not None:
+            if self.deltaT not in (delta_t, _default("deltaT")):
+                raise ConfigError(
+                    f"delta_t={delta_t!r} and deltaT={self.deltaT!r} are two names of one field: give one."
+                )
+            self.deltaT = delta_t
         if self.target_r is None:
             self.target_r = self.r
         for name in ("target_r", "init_r"):
@@ -102,7 +119,7 @@ class AdaLoraConfig(LoraConfig):
                 f" down to target_r. Use init_r={math.ceil(1.5 * self.target_r)} (half as much again, as the paper)"
                 f" or init_r={self.target_r} for no pruning."
             )
-        if self.r not in (self.init_r, self.target_r, _DEFAULT_R):
+        if self.r not in (self.init_r, self.target_r, _default("r")):
             raise ConfigError(
                 f"r={self.r} beside target_r={self.target_r} and init_r={self.init_r} says nothing: leave r out, or"
                 " give it alone to mean target_r."
@@ -114,12 +131,17 @@ class AdaLoraConfig(LoraConfig):
             isinstance(self.singular_gain, (int, float)) and 0 < self.singular_gain < math.inf
         ):
             raise ConfigError(f"singular_gain={self.singular_gain!r} must be a positive number or 'auto'.")
-        if self.target_parameters:
+        for name, why in NOT_WITH_ADALORA.items():
+            if getattr(self, name):
+                raise ConfigError(f"{name} does not go with AdaLoRA: {why} Leave it out, or use peft.LoraConfig.")
+        if self.init_lora_weights == "mica":
             raise ConfigError(
-                "target_parameters is not supported by AdaLoRA yet: their low-rank factors are shared by all experts."
-                " Adapt linear modules (target_modules) or use peft.LoraConfig for these parameters."
+                "init_lora_weights='mica' does not go with AdaLoRA: it trains one factor alone. Leave it out, or use"
+                " peft.LoraConfig."
             )
-        self.settings()  # checks the rest
+        settings = self.settings()  # checks the rest
+        if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
+            settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._exported: LoraConfig | None = None
 
@@ -153,34 +175,7 @@ class AdaLoraConfig(LoraConfig):
         Args:
             ranks: rank of each module by name relative to the base model; modules with rank 0 are excluded.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init}
-        kept = {name: rank for name, rank in ranks.items() if rank}
-        r = max(kept.values(), default=1)
-        # A pattern matches any module whose name ends with it: the longer name must come first.
-        pattern = (
-            {name: kept[name] for name in sorted(kept, key=len, reverse=True)} if set(kept.values()) != {r} else {}
-        )
-        values.update(
-            r=r,
-            lora_alpha=r,
-            rank_pattern=pattern,
-            alpha_pattern=dict(pattern),
-            use_rslora=False,
-            init_lora_weights=True,
-            exclude_modules=self._excluding(sorted(set(ranks) - set(kept))),
-            eva_config=None,
-            corda_config=None,
-            lora_ga_config=None,
-            loftq_config={},
-        )
-        return LoraConfig(**values)
-
-    def _excluding(self, names: list[str]) -> Any:
-        if not names:
-            return self.exclude_modules
-        if isinstance(self.exclude_modules, str):
-            return "|".join([f"(?:{self.exclude_modules})", *map(re.escape, names)])
-        return sorted({*(self.exclude_modules or ()), *names})
+        return plain_config(self, ranks)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``: of the plain LoRA adapter whose weights PEFT has just asked for, if it has."""
@@ -196,9 +191,26 @@ class AdaLoraConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Read back what this class wrote before any export (PEFT would choose the class by ``peft_type``)."""
-        kwargs.pop("peft_type", None)
-        return cls(**kwargs)
+        """Read back what this class wrote before any export (PEFT would choose the class by ``peft_type``).
+
+        Fields of another version are left out, with a warning.
+
+        Raises:
+            ConfigError: this is no adapter's configuration.
+        """
+        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)} - {"delta_t"})
+        if unknown and "peft_type" not in kwargs:
+            raise ConfigError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. Was the"
+                " configuration written by another version?",
+                stacklevel=2,
+            )
+        return cls(**{name: value for name, value in kwargs.items() if name not in {*unknown, "peft_type"}})
 
 
-_DEFAULT_R = LoraConfig.__dataclass_fields__["r"].default
+def _default(name: str) -> Any:
+    return AdaLoraConfig.__dataclass_fields__[name].default

@@ -1,0 +1,122 @@
+"""The two files of an adapter: read with clear errors, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..core.errors import ConfigError
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.6
+PRUNED = "adalora_pruned"  # in the metadata of the weights: modules of rank 0, which have no tensors, and their shapes
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter's folder.
+
+    Raises:
+        ConfigError: there is no such folder or file, or it is not one of PEFT's.
+    """
+    file = directory / ADAPTER_FILES[1]
+    if not directory.is_dir():
+        raise ConfigError(f"there is no folder {directory}.")
+    if not file.is_file():
+        raise ConfigError(f"{directory} is not the folder of an adapter: there is no {file.name} in it.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} is not a configuration of PEFT: it holds a {type(settings).__name__}, no keys.")
+    return settings
+
+
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of an adapter's folder on the CPU, and the file's metadata. A pickle may hold tensors alone.
+
+    Raises:
+        ConfigError: there are no weights, or they cannot be read.
+    """
+    file, pickled = directory / ADAPTER_FILES[0], directory / PICKLED
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+                return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
+        except SafetensorError as error:
+            raise ConfigError(f"{file} cannot be read: {error}. Was its writing interrupted?") from error
+    if not pickled.is_file():
+        raise ConfigError(f"{directory} has neither {file.name} nor {pickled.name}.")
+    try:
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{pickled} holds more than tensors, which could run as code when it is read, so it is not read."
+            " Get the adapter as safetensors, or from someone you trust."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"{pickled} cannot be read: {error}. Was its writing interrupted?") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ConfigError(f"{pickled} is not a state dict: it should map names to tensors.")
+    return tensors, {}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], directory: Path, pruned: Mapping[str, Any]) -> None:
+    """Write ``adapter_model.safetensors``; what ``pruned`` says goes into its metadata as JSON."""
+    written = save(
+        {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+        metadata={"format": "pt"} | ({PRUNED: json.dumps(pruned, sort_keys=True)} if pruned else {}),
+    )
+    (directory / ADAPTER_FILES[0]).write_bytes(_with_sorted_metadata(written))
+
+
+def _with_sorted_metadata(written: bytes) -> bytes:
+    """Equal adapters are equal files: safetensors writes several entries of metadata in a random order.
+
+    The format: length of the header (8 bytes, little endian), the header as JSON, padded with spaces to a multiple of
+    8, the tensors.
+    """
+    size = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + written[8 + size :]
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write files to; on leaving, they take their places in ``directory`` with ordinary permissions. After
+    an error nothing there has changed."""
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file: give the name of a folder.")
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
+    try:
+        yield beside
+        files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".json")  # what describes comes last
+        ordinary = beside / ".ordinary"
+        ordinary.touch()
+        for file in files:
+            if file.is_file():
+                file.chmod(ordinary.stat().st_mode)  # safetensors writes for its owner alone; servers are others
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if made and not any(target.iterdir()):
+            target.rmdir()

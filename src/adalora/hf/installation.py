@@ -1,0 +1,190 @@
+"""Four methods of ``LoraModel``, and the loading of EVA's vectors, are taught about :class:`AdaLoraConfig`.
+
+For any other configuration they do what they did (docs/decisions/001 says why these):
+
+- ``inject_adapter``, also of ``MixedModel``: upgrades the layers and makes the allocator, for every way in which PEFT
+  adds an adapter;
+- ``_get_adapter_state_dict``: what is saved is a plain LoRA adapter;
+- ``_remap_adapter_state_dict_for_load``: a plain LoRA adapter is loaded as triplets;
+- ``add_weighted_adapter``: says that it needs exported adapters, and what to do when their ranks do not fit;
+- ``hotswap_adapter``: says that it needs an exported adapter;
+
+and they gain ``update_and_allocate(step)``, for loops written for PEFT's AdaLoRA.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel, eva
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+
+from ..core.errors import ConfigError, StateError
+from .config import AdaLoraConfig
+from .layers import adapted_layers, adapted_model, adapter_names, downgrade_layer, projection, upgrade_layers
+from .state_dicts import fold, unfold
+
+ADDS_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # ways of weighting B and A apart
+
+
+def linear_module_suffixes(model: nn.Module) -> list[str]:
+    """The names that target_modules could give: last parts of all linear modules, without the numbered ones."""
+    suffixes = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    return sorted(suffix for suffix in suffixes if suffix and not re.fullmatch(r"\d+", suffix))
+
+
+def _unequal_ranks(model: Any, adapters: list[str]) -> list[str]:
+    """The modules that these plain LoRA adapters, whose configurations name one rank, adapt with several."""
+    if len({model.peft_config[name].r for name in adapters if name in model.peft_config}) > 1:
+        return []  # PEFT says so itself
+    unequal = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            parts: list[Any] = [layer.lora_A[adapter] for adapter in adapters if adapter in layer.lora_A]
+            if len({part.weight.shape[0] for part in parts}) > 1:
+                unequal.append(name)
+    return unequal
+
+
+def install() -> None:
+    """Teach ``LoraModel`` about :class:`AdaLoraConfig`; safe to call again."""
+    if getattr(LoraModel, "_knows_adalora", False):
+        return
+    get_state_dict = LoraModel.__dict__["_get_adapter_state_dict"].__func__
+    remap_state_dict = LoraModel.__dict__["_remap_adapter_state_dict_for_load"].__func__
+    add_weighted = LoraModel.add_weighted_adapter
+    load_eva = eva._load_eva_state_dict
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    def upgrading(inject: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(inject)
+        def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            config = self.peft_config[adapter_name]
+            if not isinstance(config, AdaLoraConfig):
+                inject(self, model, adapter_name, *args, **kwargs)
+                return
+            wanted = config.target_modules
+            try:
+                inject(self, model, adapter_name, *args, **kwargs)
+            except NoMatchingPeftModuleError as error:
+                raise ConfigError(
+                    f"target_modules={wanted!r} matches nothing in {type(model).__name__}"
+                    + (f" (exclude_modules={config.exclude_modules!r})" if config.exclude_modules else "")
+                    + f". It has linear modules called {', '.join(linear_module_suffixes(model)) or '(none)'};"
+                    " 'all-linear' takes them all."
+                ) from error
+            tied: Any = getattr(config, "target_modules_to_tie", None)
+            if tied:
+                raise ConfigError(
+                    f"ensure_weight_tying would make {', '.join(tied)} share the factors of the"
+                    " embedding, and both would be pruned: adapt one of the two, with ensure_weight_tying=False."
+                )
+            upgrade_layers(model, adapter_name, config, keep_vectors=config.init_lora_weights == "eva")
+
+        return inject_adapter
+
+    def _get_adapter_state_dict(
+        cls: type[LoraModel],
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = get_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if isinstance(config, AdaLoraConfig):
+            selected, ranks = fold(model, adapter_name, config, selected)
+            config._exported = config.plain(ranks)
+        return selected  # type: ignore[no-any-return]
+
+    def _remap_adapter_state_dict_for_load(
+        cls: type[LoraModel], model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if isinstance(config, AdaLoraConfig):
+            state_dict = unfold(model, adapter_name, state_dict)
+            for _, layer in adapted_layers(model, adapter_name):
+                projection(layer, adapter_name).allocator.weights_replaced()
+        return remap_state_dict(cls, model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
+
+    def update_and_allocate(self: LoraModel, step: int) -> None:
+        """Allocate by hand, after ``optimizer.step()``, for every active AdaLoRA adapter; replaces the hook."""
+        ours = [name for name in self.active_adapters if name in adapter_names(self.model)]
+        if not ours:
+            raise StateError(f"no active adapter is AdaLoRA's (active: {self.active_adapters}).")
+        for name in ours:
+            _, layer = next(adapted_layers(self.model, name))
+            projection(layer, name).allocator.update_and_allocate(step)
+
+    @functools.wraps(add_weighted)
+    def add_weighted_adapter(
+        self: LoraModel,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Any = "svd",
+        **kwargs: Any,
+    ) -> None:
+        live = [name for name in adapters if isinstance(self.peft_config.get(name), AdaLoraConfig)]
+        if live:
+            raise ConfigError(
+                f"add_weighted_adapter combines plain LoRA adapters, and {', '.join(live)} is still AdaLoRA's: write it"
+                " with adalora.export_lora(model, directory, adapter_name) and load that with model.load_adapter."
+            )
+        unequal = _unequal_ranks(self, adapters)
+        if unequal and combination_type in ADDS_FACTORS:
+            raise ConfigError(
+                f"combination_type={combination_type!r} adds the factors of {', '.join(adapters)} up, and the ranks of"
+                f" {unequal[0]} (one of {len(unequal)}) differ. Use 'cat' or 'svd', which take any ranks, or load"
+                " adapters written by adalora.export_lora(..., pad=True) with the same largest rank."
+            )
+        add_weighted(self, adapters, weights, adapter_name, combination_type, **kwargs)
+
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if adapter_name in adapter_names(model):
+            raise StateError(
+                f"{adapter_name} is still AdaLoRA's, whose ranks are being learned: it cannot be swapped in place."
+                " Write it with adalora.export_lora(model, directory, pad=True), load that with model.load_adapter and"
+                " swap into the loaded one."
+            )
+        swap(model, state_dict, adapter_name, *args, **kwargs)
+
+    @functools.wraps(load_eva)
+    def _load_eva_state_dict(model: nn.Module, eva_state_dict: dict[str, Tensor], adapter_name: str) -> None:
+        config = model.peft_config[adapter_name]  # type: ignore[index]
+        if isinstance(config, AdaLoraConfig):  # EVA chooses other ranks, makes layers anew and writes to their A
+            for _, layer in list(adapted_layers(model, adapter_name)):
+                downgrade_layer(layer, adapter_name)
+        load_eva(model, eva_state_dict, adapter_name)
+        if isinstance(config, AdaLoraConfig):
+            upgrade_layers(adapted_model(model), adapter_name, config, keep_vectors=True)
+
+    taught: dict[str, Any] = {
+        "inject_adapter": upgrading(LoraModel.inject_adapter),
+        "_get_adapter_state_dict": classmethod(functools.wraps(get_state_dict)(_get_adapter_state_dict)),
+        "_remap_adapter_state_dict_for_load": classmethod(
+            functools.wraps(remap_state_dict)(_remap_adapter_state_dict_for_load)
+        ),
+        "add_weighted_adapter": add_weighted_adapter,
+        "update_and_allocate": update_and_allocate,
+        "_knows_adalora": True,
+    }
+    for name, value in taught.items():
+        setattr(LoraModel, name, value)
+    MixedModel.inject_adapter = upgrading(MixedModel.inject_adapter)  # type: ignore[method-assign]
+    MixedModel.update_and_allocate = update_and_allocate  # type: ignore[attr-defined]
+    eva._load_eva_state_dict = _load_eva_state_dict
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
