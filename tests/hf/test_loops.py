@@ -96,6 +96,7 @@ def accelerate_loop(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("loop", ["plain", "trainer", "trainer, accumulation 4", "accelerate, accumulation 4"])
+@pytest.mark.compatibility("Trainers and loops", "a plain loop, `Trainer`, Accelerate, with accumulation")
 def test_every_loop_allocates_once_per_optimizer_step(loop: str, tmp_path: Path) -> None:
     model = make()
     if loop == "plain":
@@ -110,6 +111,7 @@ def test_every_loop_allocates_once_per_optimizer_step(loop: str, tmp_path: Path)
     assert sum(adalora.ranks(model).values()) == 2 * len(adalora.ranks(model))
 
 
+@pytest.mark.compatibility("Trainers and loops", "No `total_step` and no callback", refused=True)
 def test_forgetting_total_step_is_an_error_at_the_first_step_that_says_both_ways(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match=r"total_step=.*AdaLoraCallback\(\)"):
         plain_loop(make(total_step=None))
@@ -164,6 +166,7 @@ def test_ending_before_pruning_does_warns(tmp_path: Path) -> None:
         trainer(make(total_step=None), tmp_path, callbacks=[AdaLoraCallback(), Stop()]).train()
 
 
+@pytest.mark.compatibility("Trainers and loops", "An optimizer of another copy of the model", refused=True)
 def test_an_optimizer_of_another_model_is_noticed(tmp_path: Path) -> None:
     """Otherwise the adapter would train, or not, and never allocate."""
     model, other = make(total_step=None), make(total_step=None)
@@ -222,6 +225,7 @@ def test_the_regulariser_is_never_part_of_a_loss() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.compatibility("Optimizers and precision", "float16: autocast with `GradScaler`, skipped steps not counted")
 def test_steps_skipped_by_a_loss_scaler_are_not_counted(fused: bool) -> None:
     model = make()
     optimizer, allocator = adamw(model, fused=fused), adalora.allocator(model)
@@ -238,6 +242,7 @@ def test_steps_skipped_by_a_loss_scaler_are_not_counted(fused: bool) -> None:
     assert all(torch.isfinite(value).all() for value in allocator.state_dict()["tensors"].values())
 
 
+@pytest.mark.compatibility("Optimizers and precision", "float16: autocast with `GradScaler`, skipped steps not counted")
 def test_a_loss_scaler_changes_nothing_but_rounding() -> None:
     """Also for fused optimizers, which see gradients that are still scaled."""
     results = []
@@ -269,6 +274,7 @@ def test_an_infinite_gradient_leaves_the_moving_averages_untouched() -> None:
     assert all(torch.equal(before[key], after[key]) for key in before if key.endswith(("sensitivity", "uncertainty")))
 
 
+@pytest.mark.compatibility("Optimizers and precision", "A closure evaluated once is the same as backward and step")
 def test_closures_are_followed_by_the_regulariser_and_the_importance() -> None:
     direct, closed = make(orth_reg_weight=1.0), make(orth_reg_weight=1.0)
     optimizers = [adamw(direct), adamw(closed)]
@@ -286,6 +292,9 @@ def test_closures_are_followed_by_the_regulariser_and_the_importance() -> None:
     torch.testing.assert_close(adapter_weights(direct), adapter_weights(closed), rtol=0, atol=0)
 
 
+@pytest.mark.compatibility(
+    "Optimizers and precision", "Several optimizers that each hold a part of the adapter", refused=True
+)
 def test_an_optimizer_that_holds_a_part_of_the_adapter_is_an_error() -> None:
     model = make()
     names = [w for n, w in model.named_parameters() if w.requires_grad and "layer.0" in n]
@@ -322,6 +331,7 @@ def test_nothing_to_prune_is_lora_in_svd_form() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.compatibility("Optimizers and precision", "bfloat16 and float16 adapter weights")
 def test_half_precision_adapters_keep_the_whole_budget(dtype: torch.dtype) -> None:
     """Scores are products of squares of gradients: in float16 they underflow, tie, and prune everything."""
     torch.manual_seed(0)
@@ -342,6 +352,7 @@ def test_half_precision_adapters_keep_the_whole_budget(dtype: torch.dtype) -> No
     assert allocator.live == 2 * len(allocator.triplets)
 
 
+@pytest.mark.compatibility("Trainers and loops", "`zero_grad` of either kind")
 def test_zeroing_gradients_either_way_changes_nothing() -> None:
     models = [make(), make()]
     for model, to_none in zip(models, (True, False), strict=True):
@@ -354,6 +365,7 @@ def test_zeroing_gradients_either_way_changes_nothing() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="Transformers 5 compiles from torch 2.7 on")
+@pytest.mark.compatibility("Trainers and loops", "`torch.compile`: masks do not recompile")
 def test_a_compiled_model_does_not_notice_masks() -> None:
     """Compiled once, and once more when the ranks shrink."""
     torch._dynamo.reset()

@@ -41,6 +41,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("step", "moment"), [*((step, "step") for step in RANDOM_STEPS), (16, "save")], ids=lambda value: str(value)
 )
+@pytest.mark.compatibility("Saving, loading, resuming", "Interrupted training resumes bit for bit")
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     uninterrupted: Path, tmp_path: Path, step: int, moment: str
 ) -> None:
@@ -56,6 +57,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 8, 9, 11])
+@pytest.mark.compatibility("Saving, loading, resuming", "Interrupted training resumes bit for bit")
 def test_a_loop_of_ones_own_resumes_exactly(stop: int, tmp_path: Path) -> None:
     """Before pruning, between masks, where the final phase begins, and after ranks were compacted."""
     base = bert()
@@ -90,6 +92,7 @@ def test_a_loop_of_ones_own_resumes_exactly(stop: int, tmp_path: Path) -> None:
     assert torch.equal(logits(resumed, "SEQ_CLS"), logits(model, "SEQ_CLS"))
 
 
+@pytest.mark.compatibility("Saving, loading, resuming", "resuming without AdaLoRA's state", refused=True)
 def test_resuming_without_a_state_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
     """Not a schedule that silently starts again."""
     trainer(make(), tmp_path, save_strategy="steps", save_steps=5).train()  # without AdaLoraCallback
@@ -109,6 +112,7 @@ def test_resuming_from_another_directory(tmp_path: Path) -> None:
     assert adalora.ranks(first) == adalora.ranks(second)
 
 
+@pytest.mark.compatibility("Saving, loading, resuming", "`load_best_model_at_end` from before pruning ended")
 def test_the_best_checkpoint_may_lie_before_pruning_ended(tmp_path: Path) -> None:
     """load_best_model_at_end: ranks grow back to what that checkpoint had."""
     model = make()
