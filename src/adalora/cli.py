@@ -6,6 +6,7 @@ ends in one message on stderr and exit code 2, a failure at run time in exit cod
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -340,6 +341,8 @@ def _announce(out: Console, prepared: Prepared) -> None:
 def _quieten() -> None:
     """Leave the terminal to us: the libraries' own bars, reports and warnings are for their developers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # speak up when PEFT imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import huggingface_hub
     import transformers

@@ -543,6 +543,31 @@ def test_a_refused_allocator_is_not_driven() -> None:
     assert set(LIVE) <= before
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_the_final_phase_remembers_the_scores_of_the_last_allocation(compact: bool) -> None:
+    """Sliced along with the ranks, saved, restored, and gone when a schedule begins anew."""
+    toy = Toy()
+    allocator = Allocator(toy.triplets, plan(compact=compact))
+    optimizer, seen = adamw(toy.parameters()), []
+    for step in range(1, 17):
+        toy.loss(step).backward()
+        allocator.before_step()
+        if step == 12:  # the last allocation ranks by what is known then
+            seen = allocator.scores()
+        optimizer.step()
+        allocator.after_step(optimizer)
+        optimizer.zero_grad()
+    kept = torch.zeros_like(seen, dtype=torch.bool)
+    kept[seen.sort(descending=True, stable=True).indices[: allocator.target_budget]] = True
+    expected = seen[kept] if compact else seen
+    assert torch.equal(allocator.scores(), expected) and bool(expected.any())
+    other = Allocator(Toy().triplets, plan(compact=compact))
+    other.load_state_dict(allocator.state_dict())
+    assert torch.equal(other.scores(), expected)
+    other.restart()
+    assert not other.scores().any()
+
+
 def test_without_a_number_of_steps_t_final_is_where_pruning_by_hand_ends() -> None:
     """A length of the final phase in steps leaves room for one step, after which a loop by hand shows itself."""
     toy, reference = Toy(), Toy()

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +220,52 @@ def test_a_module_with_something_else_trained_stays(variant: str, base: nn.Modul
     assert (answers(base, less.write(tmp_path / "other")) - found).abs().max() > 0.05, "what was trained has no effect"
 
 
-def test_scores_decide_when_they_are_given(base: nn.Module, tmp_path: Path) -> None:
+def test_importance_decides_where_it_is_known(base: nn.Module, tmp_path: Path) -> None:
+    """The triplets themselves are kept, not mixtures of them; the importance goes along, through files too."""
     lora(base, r=3, lora_alpha=6).save_pretrained(tmp_path)
     adapter = PlainAdapter.read(tmp_path)
     scores = {name: torch.tensor([0.0, 2.0, 1.0]) for name in adapter.pairs}
-    less = adapter.truncate(1, scores)
+    known = replace(adapter, scores=scores)
+    less = known.truncate(1)
     for name, pair in less.pairs.items():
         assert torch.equal(pair.b, adapter.pairs[name].b[:, [1]])
         torch.testing.assert_close(pair.a, 2.0 * adapter.pairs[name].a[[1]])
+        assert less.scores[name].tolist() == [2.0]
+    read = PlainAdapter.read(known.padded(5).write(tmp_path / "padded"))
+    assert all(score.tolist() == [0.0, 2.0, 1.0, 0.0, 0.0] for score in read.scores.values())
+    again = read.truncate(2)
+    assert all(torch.equal(again.pairs[name].b, adapter.pairs[name].b[:, [1, 2]]) for name in adapter.pairs)
+
+
+@serving("`--rank K` by importance, kept in the file: each adapter lies within the next")
+def test_an_export_knows_the_importance_of_its_triplets(tmp_path: Path) -> None:
+    """From the last allocation, through compaction: a family of adapters, each within the next."""
+    torch.manual_seed(0)
+    model = adalora.get_peft_model(
+        bert(),
+        AdaLoraConfig(
+            task_type="SEQ_CLS", target_modules=["query", "value"], target_r=3, init_r=5, total_step=12, tinit=1,
+            tfinal=4, deltaT=1,
+        ),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], 1e-2)
+    for step in range(12):
+        model(**batch("SEQ_CLS", step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = adalora.allocator(model)
+    whole = PlainAdapter.read(adalora.export_lora(model, tmp_path / "whole"))
+    by_name = dict(zip((t.name for t in ours.triplets), ours.scores().split(ours.sizes), strict=True))
+    assert ours.live == 12 and all(torch.equal(score, by_name[name]) for name, score in whole.scores.items())
+    before: PlainAdapter | None = None
+    for rank in (3, 2, 1):
+        kept = PlainAdapter.read(adalora.export_lora(model, tmp_path / str(rank), rank=rank))
+        every = torch.cat([*by_name.values()]).sort(descending=True).values
+        assert torch.equal(torch.cat([*kept.scores.values()]).sort(descending=True).values, every[: rank * 4])
+        for name, pair in kept.pairs.items():
+            larger = (before or whole).pairs[name]
+            assert all(any(torch.equal(column, other) for other in larger.b.T) for column in pair.b.T)
+        before = kept
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from .schedule import Schedule
 from .scoring import Scoring
 from .settings import Settings
 from .stacks import Stacks, split
-from .state import STATE_VERSION, averages_of, check_fit, factors_of, to_tensors
+from .state import STATE_VERSION, averages_of, check_fit, factors_of, last_scores_of, to_tensors
 from .trace import Allocation, TraceFile
 from .triplets import Triplets
 
@@ -69,6 +69,7 @@ class Allocator:
         self._weights_replaced = False
         self._settled = self.frozen  # nothing pruned is left in memory
         self._lam_before_mask: list[Tensor] | None = None
+        self._last_scores: Tensor | None = None  # that the final phase began with
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
         self._stacks, self._scoring = self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
@@ -160,9 +161,9 @@ class Allocator:
         self.schedule = schedule
 
     def scores(self) -> Tensor:
-        """S of every triplet, matrix after matrix: [sum of sizes]."""
+        """S of every triplet, matrix after matrix: [sum of sizes]. In the final phase, as at the last allocation."""
         self._refresh()
-        return self._scoring.scores()
+        return self._scoring.scores() if self._last_scores is None else self._last_scores
 
     def orthogonality_error(self) -> float:
         """Mean over all P and Q of ‖XXᵀ - I‖_F."""
@@ -276,6 +277,8 @@ class Allocator:
             )
         self._refresh()
         self._stacks.mask_lam(self.mask)
+        if self._last_scores is not None:
+            self._last_scores = self._last_scores[self.mask]
         for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
             triplets.keep(mask.nonzero().flatten(), optimizer)
         self._stacks, self._scoring = self._lay_out()
@@ -295,7 +298,7 @@ class Allocator:
             "metric": self.settings.metric,
             "initial_ranks": list(self.initial_ranks),
             "schedule": None if self.schedule is None else asdict(self.schedule),
-            "tensors": to_tensors(self.triplets, split(self.mask, self.sizes), self._scoring.averages()),
+            "tensors": to_tensors(self.triplets, self.mask, self._last_scores, self._scoring.averages()),
         }
 
     @torch.no_grad()
@@ -318,12 +321,13 @@ class Allocator:
         self._stacks, self._scoring = self._lay_out()
         self._weights_replaced = False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
+        self._last_scores = last_scores_of(tensors, self.triplets, self._stacks.device)
         self._settled = self.frozen and bool(self.mask.all())
         self._restore(averages_of(tensors))
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
-        self.step, self._stepping, self.schedule = 0, False, None
+        self.step, self._stepping, self.schedule, self._last_scores = 0, False, None, None
         self.initial_ranks = self.sizes
         self.frozen = self._settled = self.initial_budget == self.target_budget
         self._stacks, self._scoring = self._lay_out()
@@ -343,11 +347,13 @@ class Allocator:
             self._weights_replaced = False
             self._stacks, self._scoring = self._lay_out()
             self.mask = self._stacks.lam() != 0
+            self._last_scores = None
             self._settled = self.frozen and bool(self.mask.all())
         elif self._stacks.device != self.triplets[0].lam.device:
             averages = self._scoring.averages()
             self._stacks, self._scoring = self._lay_out()
             self.mask = self.mask.to(self._stacks.device)
+            self._last_scores = None if self._last_scores is None else self._last_scores.to(self._stacks.device)
             self._restore(averages)
 
     def _plan_if_told(self) -> None:
@@ -402,14 +408,15 @@ class Allocator:
         if self.step == 1 and not self.manual:
             self._lam_before_mask = [t.lam.detach().clone() for t in self.triplets]
         budget = schedule.budget(step)
-        self.mask = POLICIES[self.settings.policy](self.scores(), budget, self.sizes)
+        scores = self.scores()
+        self.mask = POLICIES[self.settings.policy](scores, budget, self.sizes)
         self._stacks.mask_lam(self.mask)
         allocation = Allocation(step, budget, self._live_counts(), self.orthogonality_error())
         self.trace.append(allocation)
         if self.trace_file is not None:
             self.trace_file.append(allocation)
         if schedule.is_final(step):
-            self.frozen, self._settled = True, False
+            self.frozen, self._settled, self._last_scores = True, False, scores
             self._stacks, self._scoring = self._lay_out()  # the averages have done their work
             self._settle(optimizer)
 

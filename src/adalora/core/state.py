@@ -1,6 +1,7 @@
 """What a saved training holds of the method: names of its tensors, and what makes it fit a model.
 
-Tensors are called "matrix/p", "matrix/lam", "matrix/q", "matrix/mask"; averages "matrix/p.sensitivity" ...
+Tensors are called "matrix/p", "matrix/lam", "matrix/q", "matrix/mask", in the final phase also "matrix/score"; averages
+"matrix/p.sensitivity" ...
 """
 
 from __future__ import annotations
@@ -8,24 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import StateError
 from .importance import Smoothed
+from .stacks import split
 from .triplets import Factors, Triplets
 
 STATE_VERSION = 1
 
 
 def to_tensors(
-    triplets: Sequence[Triplets], masks: Sequence[Tensor], averages: Mapping[str, Smoothed]
+    triplets: Sequence[Triplets], mask: Tensor, last_scores: Tensor | None, averages: Mapping[str, Smoothed]
 ) -> dict[str, Tensor]:
-    """Copies of P, Λ, Q, the mask and the averages of every matrix, by name."""
+    """Copies of P, Λ, Q, the mask, the last scores and the averages of every matrix, by name."""
     tensors = {
         f"{t.name}/{key}": value.detach().clone()
-        for t, mask in zip(triplets, masks, strict=True)
-        for key, value in (*Factors(*t.parameters)._asdict().items(), ("mask", mask))
+        for t in triplets
+        for key, value in Factors(*t.parameters)._asdict().items()
     }
+    sizes = [t.rank for t in triplets]
+    for key, vector in (("mask", mask), ("score", last_scores)):
+        if vector is not None:
+            parts = zip(triplets, split(vector, sizes), strict=True)
+            tensors.update((f"{t.name}/{key}", part.clone()) for t, part in parts)
     for name, smoothed in averages.items():
         tensors.update((f"{name}.{key}", value.clone()) for key, value in smoothed._asdict().items())
     return tensors
@@ -38,6 +46,13 @@ def factors_of(tensors: Mapping[str, Tensor], name: str) -> Factors:
 def averages_of(tensors: Mapping[str, Tensor]) -> dict[str, Smoothed]:
     names = [key.removesuffix(".sensitivity") for key in tensors if key.endswith(".sensitivity")]
     return {name: Smoothed(*(tensors[f"{name}.{field}"] for field in Smoothed._fields)) for name in names}
+
+
+def last_scores_of(tensors: Mapping[str, Tensor], triplets: Sequence[Triplets], device: torch.device) -> Tensor | None:
+    """[sum of sizes], if the final phase had begun."""
+    parts = [tensors.get(f"{t.name}/score") for t in triplets]
+    found = [part for part in parts if part is not None]
+    return torch.cat(found).to(device) if len(found) == len(parts) else None
 
 
 def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], metric: str) -> None:

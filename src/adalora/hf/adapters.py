@@ -19,7 +19,7 @@ from torch import nn
 from ..core.allocator import Allocator
 from ..core.errors import ConfigError, StateError
 from .config import AdaLoraConfig
-from .files import replacing, save_tensors
+from .files import PRUNED, SCORES, replacing, save_tensors
 from .layers import (
     adapted_layers,
     adapted_model,
@@ -30,7 +30,7 @@ from .layers import (
     triplets_of,
     upgrade_layers,
 )
-from .plain import PREFIX, Pair, PlainAdapter, shapes_of
+from .plain import PREFIX, Pair, PlainAdapter, listed, shapes_of
 
 STATE_NAME = "adalora_state.safetensors"
 _LORA_FIELDS = [f.name for f in fields(LoraConfig) if f.init and f.name != "peft_type"]
@@ -173,7 +173,7 @@ def export_lora(
         finally:
             config.inference_mode, config.base_model_name_or_path = inference_mode, base
         tensors = {prefix + key: value for key, value in weights.items()}
-        save_tensors(tensors, beside, _pruned(model, name, tensors))
+        save_tensors(tensors, beside, {PRUNED: _pruned(model, name, tensors), SCORES: _scores(model, name, tensors)})
         if rank is not None or pad or dtype is not None:
             plain = PlainAdapter.read(beside)
             plain = plain if rank is None else plain.truncate(rank)
@@ -250,6 +250,22 @@ def _pruned(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Ten
             b, a = p.new_zeros(p.shape[0], 0, *p.shape[2:]), q.new_zeros(0, *q.shape[1:])
             found[name] = Pair(b, a, adapter_name in layer.lora_embedding_A)
     return shapes_of(found)
+
+
+def _scores(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Importance of the triplets in the file, by module; nothing before it has been measured."""
+    ours = allocator(model, adapter_name)
+    scores = ours.scores()
+    if not bool(scores.any()):
+        return {}
+    found = {}
+    for triplets, of_all in zip(ours.triplets, torch.split(scores, ours.sizes), strict=True):
+        keys = (f"{PREFIX}{triplets.name}.lora_A.weight", f"{PREFIX}{triplets.name}.lora_embedding_A")
+        pair = next((tensors[key] for key in keys if key in tensors), None)
+        if pair is not None:
+            kept = of_all[triplets.lam != 0].float().cpu()
+            found[triplets.name] = torch.cat([kept, kept.new_zeros(len(pair) - len(kept))])  # padded with zeros
+    return listed(found)
 
 
 def _adapter_name(model: nn.Module, adapter_name: str | None) -> str:

@@ -21,7 +21,9 @@ from ..core.errors import ConfigError
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.6
-PRUNED = "adalora_pruned"  # in the metadata of the weights: modules of rank 0, which have no tensors, and their shapes
+# In the metadata of the weights, as JSON:
+PRUNED = "adalora_pruned"  # modules of rank 0, which have no tensors, and their shapes
+SCORES = "adalora_scores"  # importance of each triplet at the last allocation
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -74,11 +76,11 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
-def save_tensors(tensors: Mapping[str, Tensor], directory: Path, pruned: Mapping[str, Any]) -> None:
-    """Write ``adapter_model.safetensors``; what ``pruned`` says goes into its metadata as JSON."""
+def save_tensors(tensors: Mapping[str, Tensor], directory: Path, about: Mapping[str, Any]) -> None:
+    """Write ``adapter_model.safetensors``; ``about`` (what is not empty of it) goes into its metadata as JSON."""
     written = save(
         {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
-        metadata={"format": "pt"} | ({PRUNED: json.dumps(pruned, sort_keys=True)} if pruned else {}),
+        metadata={"format": "pt"} | {key: json.dumps(value, sort_keys=True) for key, value in about.items() if value},
     )
     (directory / ADAPTER_FILES[0]).write_bytes(_with_sorted_metadata(written))
 

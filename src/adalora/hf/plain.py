@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.triplets import from_product
-from .files import ADAPTER_FILES, PRUNED, read_settings, read_tensors, replacing, save_tensors
+from .files import ADAPTER_FILES, PRUNED, SCORES, read_settings, read_tensors, replacing, save_tensors
 
 PREFIX = "base_model.model."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,12 +75,14 @@ class PlainAdapter:
         pairs: B and A of each module by its name in the base model.
         rest: every other tensor of the file by its key there, without ``base_model.model.``.
         pruned: modules of rank 0, as far as they are known, with B [d_out, 0] and A [0, d_in].
+        scores: importance of each triplet when the budget was last allocated, [r] by module, if it is known.
     """
 
     config: LoraConfig
     pairs: dict[str, Pair]
     rest: dict[str, Tensor] = field(default_factory=dict)
     pruned: dict[str, Pair] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> PlainAdapter:
@@ -117,7 +119,8 @@ class PlainAdapter:
             raise ConfigError(f"{path}/{ADAPTER_FILES[1]} is not a configuration of LoRA: {error}") from error
         tensors, metadata = read_tensors(path)
         pruned = {name: Pair.empty(*shapes) for name, shapes in json.loads(metadata.get(PRUNED, "{}")).items()}
-        return cls.of(config, tensors, pruned, str(path))
+        scores = {name: torch.tensor(values) for name, values in json.loads(metadata.get(SCORES, "{}")).items()}
+        return replace(cls.of(config, tensors, pruned, str(path)), scores=scores)
 
     @classmethod
     def of(
@@ -191,12 +194,13 @@ class PlainAdapter:
                     rest[bias] = _times(rest[bias], scale)
         return self._with(pairs, rest)
 
-    def truncate(self, average_rank: int, scores: Mapping[str, Tensor] | None = None) -> PlainAdapter:
+    def truncate(self, average_rank: int) -> PlainAdapter:
         """Keep the ``average_rank`` x ``matrices`` best triplets of all modules together.
+
+        The best are those of the highest importance, where it is known; otherwise see :func:`ranked`.
 
         Args:
             average_rank: of a matrix; the matrices that have been pruned to rank 0 already count where that is known.
-            scores: importance of each triplet as it stands, [r] by module. Without, see :func:`ranked`.
 
         Raises:
             ConfigError: a rank below 1, or above what is there.
@@ -214,18 +218,16 @@ class PlainAdapter:
         if budget == there:
             return self
         whole = self.unscaled()
-        candidates = {
-            name: ranked(pair) if scores is None else (pair, scores[name]) for name, pair in whole.pairs.items()
-        }
+        known = {name: len(scores) for name, scores in self.scores.items()} == self.ranks
+        candidates = {name: (pair, self.scores[name]) if known else ranked(pair) for name, pair in whole.pairs.items()}
         every = torch.cat([score.float() for _, score in candidates.values()])
         best = torch.zeros_like(every, dtype=torch.bool)
         best[every.sort(descending=True, stable=True).indices[:budget]] = True
         chosen = torch.split(best, [len(score) for _, score in candidates.values()])
-        pairs = {
-            name: pair.select(live.nonzero().flatten())
-            for (name, (pair, _)), live in zip(candidates.items(), chosen, strict=True)
-        }
-        return whole._with(pairs, whole.rest)
+        pairs, scores = {}, {}
+        for (name, (pair, score)), live in zip(candidates.items(), chosen, strict=True):
+            pairs[name], scores[name] = pair.select(live.nonzero().flatten()), score[live]
+        return replace(whole, scores=scores if known else {})._with(pairs, whole.rest)
 
     def padded(self, rank: int | None = None) -> PlainAdapter:
         """Every pair at one rank, by triplets of zeros: r = lora_alpha = rank, and no patterns.
@@ -293,7 +295,7 @@ class PlainAdapter:
             setattr(config, name, sorted(value) if isinstance(value, set) else value)
         with replacing(directory) as beside:
             tensors = {PREFIX + key: value for key, value in self.state_dict().items()}
-            save_tensors(tensors, beside, shapes_of(self.pruned))
+            save_tensors(tensors, beside, {PRUNED: shapes_of(self.pruned), SCORES: listed(self.scores)})
             config.save_pretrained(str(beside))
         return Path(directory)
 
@@ -305,12 +307,22 @@ class PlainAdapter:
         kept = without_empty({name: pair.padded(ranks[rank_owner(name)]) for name, pair in pairs.items()}, rest)
         ranks |= {name: kept[name].rank if name in kept else 0 for name in ranks}
         empty = {name: pair for name, pair in pairs.items() if name not in kept}
-        return PlainAdapter(plain_config(self.config, ranks), kept, rest, self.pruned | empty)
+        scores = {  # triplets of zeros come last and count nothing
+            name: torch.cat([score, score.new_zeros(kept[name].rank - len(score))])
+            for name, score in self.scores.items()
+            if name in kept
+        }
+        return PlainAdapter(plain_config(self.config, ranks), kept, rest, self.pruned | empty, scores)
 
 
 def shapes_of(pruned: Mapping[str, Pair]) -> dict[str, tuple[list[int], list[int], bool]]:
     """What :meth:`Pair.empty` makes them of again."""
     return {name: (list(pair.b.shape), list(pair.a.shape), pair.embedding) for name, pair in pruned.items()}
+
+
+def listed(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """As JSON can hold it."""
+    return {name: score.tolist() for name, score in scores.items()}
 
 
 def rank_owner(name: str) -> str:
