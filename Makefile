@@ -43,7 +43,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 compatibility: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m compatibility --compatibility docs/compatibility.md $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m compatibility --compatibility=docs/compatibility.md $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
