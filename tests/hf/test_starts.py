@@ -57,6 +57,7 @@ def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.T
 
 
 def corda(model: nn.Module, config: peft.LoraConfig) -> None:
+    pytest.importorskip("attr", reason="PEFT's CorDA imports attrs, which PEFT does not install")
     from peft.tuners.lora.corda import preprocess_corda
 
     def run() -> None:
