@@ -1,4 +1,4 @@
-"""The command line: ``adalora train | evaluate | predict``.
+"""The command line: ``adalora train | evaluate | predict | export | convert``.
 
 Everything heavy is imported inside the commands, so that help is quick and needs no extra. Every mistake of a user
 ends in one message on stderr and exit code 2, a failure at run time in exit code 1; ADALORA_DEBUG=1 shows tracebacks.
