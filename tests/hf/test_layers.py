@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import config as lora_config
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -196,44 +197,22 @@ def test_a_convolution_with_groups_or_dilation_is_refused() -> None:
         adalora.get_peft_model(Zoo(), config("grouped", init_r=5))
 
 
+REFUSED = [
+    ("Layers", "MoE `target_parameters`", "target_parameters", ["experts.weight"]),
+    ("LoRA variants", "KaSA", "kasa_config", lora_config.KasaConfig()),
+    ("LoRA variants", "VeLoRA", "velora_config", lora_config.VeloraConfig()),
+    ("LoRA variants", "MonteCLoRA", "monteclora_config", lora_config.MontecloraConfig()),
+    ("LoRA variants", "BD-LoRA", "use_bdlora", lora_config.BdLoraConfig()),
+    ("LoRA variants", "Arrow routing", "arrow_config", lora_config.ArrowConfig()),
+    ("Initializations", "MiCA", "init_lora_weights", "mica"),
+]
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        pytest.param(
-            "target_parameters",
-            ["experts.weight"],
-            marks=pytest.mark.compatibility("Layers", "MoE `target_parameters`", refused=True),
-        ),
-        pytest.param(
-            "kasa_config",
-            peft.tuners.lora.config.KasaConfig(),
-            marks=pytest.mark.compatibility("LoRA variants", "KaSA", refused=True),
-        ),
-        pytest.param(
-            "velora_config",
-            peft.tuners.lora.config.VeloraConfig(),
-            marks=pytest.mark.compatibility("LoRA variants", "VeLoRA", refused=True),
-        ),
-        pytest.param(
-            "monteclora_config",
-            peft.tuners.lora.config.MontecloraConfig(),
-            marks=pytest.mark.compatibility("LoRA variants", "MonteCLoRA", refused=True),
-        ),
-        pytest.param(
-            "use_bdlora",
-            peft.tuners.lora.config.BdLoraConfig(),
-            marks=pytest.mark.compatibility("LoRA variants", "BD-LoRA", refused=True),
-        ),
-        pytest.param(
-            "arrow_config",
-            peft.tuners.lora.config.ArrowConfig(),
-            marks=pytest.mark.compatibility("LoRA variants", "Arrow routing", refused=True),
-        ),
-        pytest.param(
-            "init_lora_weights",
-            "mica",
-            marks=pytest.mark.compatibility("Initializations", "MiCA", refused=True),
-        ),
+        pytest.param(setting, value, marks=pytest.mark.compatibility(area, what, refused=True), id=what)
+        for area, what, setting, value in REFUSED
     ],
 )
 def test_what_has_no_triplets_is_refused(setting: str, value: Any) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 import adalora
 from adalora import AdaLoraConfig, ConfigError
 from adalora.hf.files import replacing
-from adalora.hf.plain import Pair, PlainAdapter, plain_config
+from adalora.hf.plain import Pair, PlainAdapter
+from adalora.hf.plain_config import plain_config
 
 from .models import batch, bert, logits
 

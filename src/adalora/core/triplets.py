@@ -63,16 +63,6 @@ class SingularProjection(nn.Module):
         return self._along_triplets(self.right_vectors.ndim - 1) * self.right_vectors
 
     @property
-    def requires_grad(self) -> bool:
-        """As of the bare parameter that it stands for in an embedding's layer."""
-        return self.right_vectors.requires_grad
-
-    @property
-    def device(self) -> torch.device:
-        """As of the bare parameter that it stands for in an embedding's layer."""
-        return self.right_vectors.device
-
-    @property
     def in_features(self) -> int:
         return self.right_vectors.shape[1]
 

@@ -193,12 +193,9 @@ def save_state(model: nn.Module, directory: str | os.PathLike[str], adapter_name
     """
     state = allocator(model, adapter_name).state_dict()
     tensors = {key: value.cpu().contiguous() for key, value in state.pop("tensors").items()}
-    path = Path(directory) / STATE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    save_file(tensors, beside, metadata={"format": "pt", "adalora": json.dumps(state)})
-    beside.replace(path)
-    return path
+    with replacing(directory) as beside:
+        save_file(tensors, beside / STATE_NAME, metadata={"format": "pt", "adalora": json.dumps(state)})
+    return Path(directory) / STATE_NAME
 
 
 def load_state(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:

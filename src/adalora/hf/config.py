@@ -14,7 +14,7 @@ from ..core.orthogonality import Orthogonality
 from ..core.schedule import Span
 from ..core.settings import Settings
 from ..core.triplets import INITIALIZATIONS, Initialization, automatic_gain
-from .plain import plain_config
+from .plain_config import plain_config
 
 NOT_WITH_ADALORA = {
     "target_parameters": "PEFT keeps the factors of all experts in one pair of matrices, whose ranks cannot differ.",

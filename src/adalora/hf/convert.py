@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from .files import read_settings, read_tensors
-from .plain import PREFIX, Pair, PlainAdapter, plain_config, without_empty
+from .plain import PREFIX, Pair, PlainAdapter, without_empty
+from .plain_config import plain_config
 
 _TRIPLET_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[ABE]|ranknum)(?:\.(?P<adapter>[^.]+))?")
 _SAVED_KEY = re.compile(r"(?P<name>.+)\.modules_to_save\.[^.]+\.(?P<rest>.+)")

@@ -33,6 +33,19 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 _UNUSUAL = ("groups", "dilation")  # of a convolution: PEFT groups lora_B alone, and dilates neither
 
 
+class _EmbeddingProjection(SingularProjection):
+    """Q and Λ of an embedding. PEFT goes through the entries of ``lora_embedding_A`` and asks them what it would ask of
+    the bare parameter there."""
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.right_vectors.requires_grad
+
+    @property
+    def device(self) -> torch.device:
+        return self.right_vectors.device
+
+
 class EmbeddingRight(nn.ParameterDict):
     """``lora_embedding_A`` of a layer where some adapters are AdaLoRA's: for these, ``[name]`` is ρ·Λ Q, [r, d_in].
 
@@ -216,7 +229,8 @@ def _upgrade_layer(
             apply = functools.partial(CONVOLUTIONS[type(lora_a)], stride=lora_a.stride, padding=lora_a.padding)
     b: Any = left.weight
     gain = config.gain(b.shape[0])
-    right = SingularProjection(torch.empty_like(a), gain, apply)
+    kind = _EmbeddingProjection if adapter_name in layer.lora_embedding_A else SingularProjection
+    right = kind(torch.empty_like(a), gain, apply)
     right.requires_grad_(a.requires_grad)
     if adapter_name in layer.lora_embedding_A:
         if not isinstance(layer.lora_embedding_A, EmbeddingRight):

@@ -17,16 +17,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.triplets import from_product
 from .files import ADAPTER_FILES, PRUNED, SCORES, read_settings, read_tensors, replacing, save_tensors
+from .plain_config import ONLY_AT_THE_START, including, of_pattern, plain_config, rank_owner
 
 PREFIX = "base_model.model."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,7 +111,7 @@ class PlainAdapter:
             raise ConfigError(
                 f"{path} adapts target_parameters, whose factors are shared by experts; leave it as it is."
             )
-        known = {f.name for f in fields(LoraConfig) if f.init} - _ONLY_AT_THE_START
+        known = {f.name for f in fields(LoraConfig) if f.init} - ONLY_AT_THE_START
         given = {key: value for key, value in settings.items() if key in known and value is not None}
         try:
             config = LoraConfig(**given)
@@ -152,7 +152,7 @@ class PlainAdapter:
                 missing = "AB".replace(next(iter(found)), "")
                 raise ConfigError(f"{source}: {name} has no lora_{missing}; was its writing interrupted?")
             pair = Pair(found["B"], found["A"], name in embeddings)
-            expected = _pattern(config.rank_pattern, rank_owner(name), config.r)
+            expected = of_pattern(config.rank_pattern, rank_owner(name), config.r)
             if pair.b.ndim < 2 or pair.a.ndim != pair.b.ndim or pair.b.shape[1] != pair.rank or pair.rank != expected:
                 raise ConfigError(
                     f"{source}: {name} has lora_A {list(pair.a.shape)} and lora_B {list(pair.b.shape)}, which is not a"
@@ -179,7 +179,7 @@ class PlainAdapter:
     def scale(self, name: str) -> float:
         """What PEFT multiplies B A of a module by."""
         rank = self.pairs[name].rank
-        alpha: float = _pattern(self.config.alpha_pattern, rank_owner(name), self.config.lora_alpha)
+        alpha: float = of_pattern(self.config.alpha_pattern, rank_owner(name), self.config.lora_alpha)
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     # -------------------------------------------------------------------------------------------------- operations
@@ -249,7 +249,7 @@ class PlainAdapter:
         like = next(iter(whole.pairs.values())).a
         pairs = whole.pairs | {name: Pair(p.b.to(like), p.a.to(like), p.embedding) for name, p in self.pruned.items()}
         config = copy.copy(whole.config)
-        config.exclude_modules = _including(config.exclude_modules, self.pruned)
+        config.exclude_modules = including(config.exclude_modules, self.pruned)
         everything = replace(whole, config=config, pruned={})
         return everything._with({name: pair.padded(rank) for name, pair in pairs.items()}, whole.rest)
 
@@ -325,11 +325,6 @@ def listed(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {name: score.tolist() for name, score in scores.items()}
 
 
-def rank_owner(name: str) -> str:
-    """The module whose entry in a rank pattern counts: PEFT gives both projections of an attention layer the same."""
-    return name.removesuffix(".base_layer.out_proj")
-
-
 def ranked(pair: Pair) -> tuple[Pair, Tensor]:
     """A pair's triplets in the order in which they matter, and how much each does: ‖ΔW_i‖_F, [r].
 
@@ -353,64 +348,6 @@ def without_empty(pairs: Mapping[str, Pair], rest: Collection[str]) -> dict[str,
         if pair.rank or needed:
             kept[name] = pair if pair.rank else pair.padded(1)
     return kept
-
-
-# ----------------------------------------------------------------------------------------------------- configuration
-
-# They say how training begins, not what was learned.
-_ONLY_AT_THE_START = {"init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
-
-
-def plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """The configuration of an ordinary LoRA adapter with these ranks and a scale of 1.
-
-    Args:
-        config: whatever else the adapter is.
-        ranks: rank of each module by name relative to the base model; modules with rank 0 are excluded.
-    """
-    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    r = max(kept.values(), default=1)
-    # A pattern matches any module whose name ends with it: the longer name must come first.
-    pattern = {name: kept[name] for name in sorted(kept, key=len, reverse=True)} if set(kept.values()) != {r} else {}
-    values.update(dict.fromkeys(_ONLY_AT_THE_START), init_lora_weights=True, loftq_config={})
-    values.update(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        use_rslora=False,
-        exclude_modules=_excluding(config.exclude_modules, sorted(set(ranks) - set(kept)), kept),
-    )
-    return LoraConfig(**values)
-
-
-def _excluding(excluded: Any, names: list[str], kept: Collection[str]) -> Any:
-    """``exclude_modules`` with these names added. A name excludes whatever ends with it, which may be too much: then
-    all is written as one regular expression, which PEFT matches from end to end."""
-    if not names:
-        return excluded
-    too_much = any(other.endswith(f".{name}") for name in names for other in kept)
-    if isinstance(excluded, str):
-        return "|".join([f"(?:{excluded})", *map(re.escape, names)])
-    if too_much:
-        return "|".join([*(rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded or ())), *map(re.escape, names)])
-    return sorted({*(excluded or ()), *names})
-
-
-def _including(excluded: Any, names: Collection[str]) -> Any:
-    """``exclude_modules`` without what :func:`_excluding` added."""
-    if not isinstance(excluded, str):
-        return [name for name in sorted(excluded or ()) if name not in names] or None
-    for name in names:
-        excluded = re.sub(rf"(^|\|){re.escape(re.escape(name))}(?=\||$)", "", excluded)
-    return excluded.removeprefix("|") or None
-
-
-def _pattern(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """A module's value of ``rank_pattern`` or ``alpha_pattern``, as PEFT finds it."""
-    found = pattern or {}
-    return found.get(get_pattern_key(list(found), name), otherwise)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

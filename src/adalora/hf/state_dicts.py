@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from ..core.triplets import Factors, Triplets, from_rows, to_product
 from .config import AdaLoraConfig
 from .layers import Keys, adapted_layers, padded, projection, triplets_of
-from .plain import PREFIX, rank_owner
+from .plain import PREFIX
+from .plain_config import rank_owner
 
 
 def fold(
