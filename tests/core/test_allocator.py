@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora.core import orthogonality as orth
 from adalora.core.allocator import LIVE, Allocator
@@ -1034,59 +1033,6 @@ def test_the_orthogonality_error_is_the_mean_deviation() -> None:
     norms = [float((x @ x.T - torch.eye(len(x), dtype=x.dtype)).norm()) for x in factors]
     assert allocator.orthogonality_error() == pytest.approx(sum(norms) / len(norms), rel=1e-12)  # float64
     assert max(norms) == pytest.approx(1.25 * math.sqrt(4), rel=1e-6)  # four columns of length 1.5 (float32 QR)
-
-
-VIEWS = {"detach", "view", "t", "transpose", "unbind", "_unsafe_view", "alias", "promote_types"}  # the last, no tensor
-
-
-class Counter(TorchDispatchMode):
-    """Counts dispatched operations, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS:
-            self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(matrices: int, orthogonality: str, metric: str, step: int) -> dict[str, int]:
-    """What before_step and after_step of one step dispatch, for so many 6 x 5 matrices of rank 4."""
-    toy = Toy([4] * matrices, [(6, 5)] * matrices)
-    allocator = Allocator(toy.triplets, plan(orthogonality=orthogonality, metric=metric))
-    optimizer = adamw(toy.parameters())
-    train(toy, allocator, optimizer, range(1, step))
-    optimizer.zero_grad()
-    toy.loss(step).backward()
-    with Counter() as counter:
-        allocator.before_step()
-    optimizer.step()
-    with counter:
-        allocator.after_step(optimizer)
-    return counter.counts
-
-
-@pytest.mark.parametrize("orthogonality", orth.KINDS)
-@pytest.mark.parametrize("metric", sorted(METRICS))
-@pytest.mark.parametrize("step", [5, 6], ids=["between", "allocating"])
-def test_a_step_dispatches_as_much_for_many_matrices_as_for_few(orthogonality: str, metric: str, step: int) -> None:
-    """With an allocation or without, the operations of 72 equal matrices are those of 12.
-
-    A stack, a cat and a foreach are one operation each; views (``VIEWS``), which touch no memory, are not counted.
-    """
-    few, many = operations(12, orthogonality, metric, step), operations(72, orthogonality, metric, step)
-    assert few == many and sum(few.values()) > 10
-
-
-def test_a_step_never_waits_for_the_device() -> None:
-    """No value is read back on a step without an allocation: on a GPU that would stop the queue."""
-    counts = operations(3, "squared", "sensitivity_uncertainty", 5)
-    assert not {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"} & set(counts)
-    allocating = operations(3, "squared", "sensitivity_uncertainty", 6)
-    assert "_local_scalar_dense" in allocating  # the counter sees them: an allocation is written to the trace
 
 
 def test_triplets_made_without_peft_are_enough() -> None:

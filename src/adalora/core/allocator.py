@@ -5,15 +5,15 @@ Around each optimizer step t the training loop's hook calls
     before_step   adds the regulariser's gradient and updates Ī and Ū, at the weights before the update
     after_step    counts the step; when it is due, ranks all triplets and zeroes λ of those beyond the budget b(t)
 
-Parameters belong to the layers; here, equal shapes are stacked, so the number of tensor operations does not grow with
-the number of matrices, and nothing waits for the device except when an allocation is written to the trace.
+Parameters belong to the layers; here, their entries are laid side by side, so the number of tensor operations does not
+grow with the number of matrices, and nothing waits for the device except when an allocation is written to the trace.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, ScheduleError, StateError
-from .importance import Smoothed
 from .orthogonality import penalty
 from .policy import POLICIES
+from .regulariser import Regulariser
 from .schedule import Schedule
 from .scoring import Scoring
 from .settings import Settings
-from .stacks import Stacks, split
+from .stacks import LAM, Parts, Stacks, split
 from .state import STATE_VERSION, averages_of, check_fit, factors_of, last_scores_of, to_tensors
 from .trace import Allocation, TraceFile
 from .triplets import Triplets
@@ -68,10 +68,10 @@ class Allocator:
         self._stepping = False
         self._weights_replaced = False
         self._settled = self.frozen  # nothing pruned is left in memory
-        self._lam_before_mask: list[Tensor] | None = None
+        self._lam_before_mask: Tensor | None = None
         self._last_scores: Tensor | None = None  # that the final phase began with
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
-        self._stacks, self._scoring = self._lay_out()
+        self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
         if self.initial_budget < self.target_budget:
             raise ConfigError(
@@ -163,12 +163,12 @@ class Allocator:
     def scores(self) -> Tensor:
         """S of every triplet, matrix after matrix: [sum of sizes]. In the final phase, as at the last allocation."""
         self._refresh()
-        return self._scoring.scores() if self._last_scores is None else self._last_scores
+        return self._scoring.scores(self._stacks.parameters()) if self._last_scores is None else self._last_scores
 
     def orthogonality_error(self) -> float:
         """Mean over all P and Q of ‖XXᵀ - I‖_F."""
         self._refresh()
-        return float(self._stacks.orthogonality_errors().mean())
+        return float(self._regulariser.errors(self._stacks.parameters()).mean())
 
     def penalty(self) -> Tensor:
         """γ·R as a differentiable scalar; :meth:`before_step` already adds its gradient, so do not add both."""
@@ -191,11 +191,9 @@ class Allocator:
         """
         if self._stepping and not again:
             return  # an optimizer that wraps another runs the hooks of both
-        if all(w.grad is None or not w.requires_grad for t in self.triplets for w in t.parameters):
+        parameters = self._stacks.parameters()
+        if all(w.grad is None or not w.requires_grad for parts in parameters for w in parts):
             return
-        for t in self.triplets:
-            if not t.rank:
-                t.drop_gradients()  # some optimizers trip over empty parameters
         if self._weights_replaced:
             warnings.warn(
                 f"adapter weights were loaded without their training state: the budget's schedule goes on from step"
@@ -203,7 +201,9 @@ class Allocator:
                 " (adalora.load_state(model, checkpoint), or AdaLoraCallback() under a Trainer).",
                 stacklevel=2,
             )
-        self._refresh()
+        self._refresh(parameters)
+        for t in self._stacks.empty:
+            t.drop_gradients()  # some optimizers trip over empty parameters
         if self.schedule is None and not self.frozen and not (self.step == 0 and self.settings.may_be_by_hand):
             raise ScheduleError(
                 "AdaLoRA does not know how many optimizer steps the training will take, so it cannot lay out its"
@@ -213,20 +213,26 @@ class Allocator:
                 " update_and_allocate(step) after each optimizer step may give tfinal in steps instead.)"
             )
         self._stepping = True
+        importance = not again and self.settings.sensitivity_at == "before_step" and self._ranks_again
+        weights = self._scoring.gather(parameters) if importance and self._scoring.of_all_entries else None
         if self.settings.orthogonality_weight:
-            self._stacks.add_orthogonality_gradient(
-                self.settings.orthogonality_weight, self.settings.orthogonality, grad_scale
+            self._regulariser.add_gradient(
+                parameters,
+                self.settings.orthogonality_weight,
+                self.settings.orthogonality,
+                grad_scale,
+                None if weights is None else self._stacks.split(weights)[1],
             )
-        if not again and self.settings.sensitivity_at == "before_step":
-            self._update_importance(grad_scale)
+        if importance:
+            self._scoring.update(parameters, grad_scale, weights)
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None, grad_scale: Tensor | None = None) -> None:
         """Count the step and allocate if it is due. ``optimizer``: its state is sliced along with the ranks."""
         if not self._stepping:
             return
         self._stepping = False
-        if self.settings.sensitivity_at == "after_step":
-            self._update_importance(grad_scale)
+        if self.settings.sensitivity_at == "after_step" and self._ranks_again:
+            self._scoring.update(self._stacks.parameters(), grad_scale)
         self.step += 1
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         if self.frozen or not self.manual:
@@ -252,7 +258,7 @@ class Allocator:
         if not self.manual:
             self.manual = True
             if self._lam_before_mask is not None:  # the hook has masked at its own count of this very step
-                torch._foreach_copy_([t.lam.data for t in self.triplets], self._lam_before_mask)
+                torch._foreach_copy_([t.lam.data for t in self.triplets], split(self._lam_before_mask, self.sizes))
                 self.mask.fill_(True)
                 self.trace.clear()
         self.step = step
@@ -276,12 +282,14 @@ class Allocator:
                 " what is saved is always compact."
             )
         self._refresh()
-        self._stacks.mask_lam(self.mask)
+        self._stacks.mask_lam(self._stacks.parameters(), self.mask)
         if self._last_scores is not None:
             self._last_scores = self._last_scores[self.mask]
-        for triplets, mask in zip(self.triplets, split(self.mask, self.sizes), strict=True):
-            triplets.keep(mask.nonzero().flatten(), optimizer)
-        self._stacks, self._scoring = self._lay_out()
+        places = torch.tensor([i for size in self.sizes for i in range(size)], device=self.mask.device)
+        kept = torch.split(places[self.mask], self._live_counts())
+        for triplets, index in zip(self.triplets, kept, strict=True):
+            triplets.keep(index, optimizer)
+        self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.mask.device)
         self._settled = True
 
@@ -318,19 +326,19 @@ class Allocator:
             self.schedule = Schedule(**state["schedule"])
         self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]
         self._lam_before_mask = None
-        self._stacks, self._scoring = self._lay_out()
+        self._lay_out()
         self._weights_replaced = False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
         self._last_scores = last_scores_of(tensors, self.triplets, self._stacks.device)
         self._settled = self.frozen and bool(self.mask.all())
-        self._restore(averages_of(tensors))
+        self._scoring.restore(averages_of(tensors))
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
         self.step, self._stepping, self.schedule, self._last_scores = 0, False, None, None
         self.initial_ranks = self.sizes
         self.frozen = self._settled = self.initial_budget == self.target_budget
-        self._stacks, self._scoring = self._lay_out()
+        self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self._stacks.device)
         self.trace.clear()
         self._plan_if_told()
@@ -341,20 +349,21 @@ class Allocator:
 
     # ---------------------------------------------------------------- inside
 
-    def _refresh(self) -> None:
+    def _refresh(self, parameters: Sequence[Parts] | None = None) -> None:
         """Catch up with weights, ranks or a device that changed behind the allocator's back."""
-        if self._weights_replaced or self._stacks.sizes != self.sizes:
+        lams = [t.lam for t in self.triplets] if parameters is None else [parts[LAM] for parts in parameters]
+        if self._weights_replaced or self._stacks.sizes != [lam.shape[0] for lam in lams]:
             self._weights_replaced = False
-            self._stacks, self._scoring = self._lay_out()
-            self.mask = self._stacks.lam() != 0
+            self._lay_out()
+            self.mask = torch.cat([lam.detach() for lam in lams]) != 0
             self._last_scores = None
             self._settled = self.frozen and bool(self.mask.all())
-        elif self._stacks.device != self.triplets[0].lam.device:
+        elif self._stacks.device != lams[0].device:
             averages = self._scoring.averages()
-            self._stacks, self._scoring = self._lay_out()
+            self._lay_out()
             self.mask = self.mask.to(self._stacks.device)
             self._last_scores = None if self._last_scores is None else self._last_scores.to(self._stacks.device)
-            self._restore(averages)
+            self._scoring.restore(averages)
 
     def _plan_if_told(self) -> None:
         """Lay out the schedule if the settings alone say how; epochs wait for a plan that knows their length."""
@@ -375,27 +384,20 @@ class Allocator:
             stacklevel=4,
         )
 
-    def _lay_out(self) -> tuple[Stacks, Scoring]:
+    def _lay_out(self) -> None:
         """For the present ranks and device; without averages."""
-        stacks = Stacks(self.triplets)
-        return stacks, Scoring(stacks, self.settings.metric)
-
-    def _restore(self, averages: Mapping[str, Smoothed]) -> None:
-        if averages:
-            self._scoring.begin()
-        for name, smoothed in self._scoring.averages().items():
-            for ours, saved in zip(smoothed, averages[name], strict=True):
-                ours.copy_(saved)
+        self._stacks = Stacks(self.triplets)
+        self._regulariser = Regulariser(self._stacks)
+        self._scoring = Scoring(self._stacks, self.settings.metric, self.settings.beta1, self.settings.beta2)
 
     def _live_counts(self) -> list[int]:
         flags = iter(self.mask.tolist())  # one wait for the device, however many matrices
-        return [sum(islice(flags, size)) for size in self.sizes]
+        return [sum(islice(flags, size)) for size in self._stacks.sizes]
 
-    def _update_importance(self, grad_scale: Tensor | None) -> None:
-        """The last update comes the step before the final phase begins."""
-        if self.frozen or self.schedule is None or self.step + 1 >= self.schedule.final_step:
-            return
-        self._scoring.update(self.settings.beta1, self.settings.beta2, grad_scale)
+    @property
+    def _ranks_again(self) -> bool:
+        """Whether an allocation is still to come: the importance rests from the step on that begins the final phase."""
+        return not self.frozen and self.schedule is not None and self.step + 1 < self.schedule.final_step
 
     def _allocate(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         schedule = self.schedule
@@ -405,19 +407,22 @@ class Allocator:
             return
         if schedule is None or not (schedule.allocates(step) or schedule.is_final(step)):
             return
+        parameters = self._stacks.parameters()
+        self._refresh(parameters)
         if self.step == 1 and not self.manual:
-            self._lam_before_mask = [t.lam.detach().clone() for t in self.triplets]
+            self._lam_before_mask = self._stacks.gather_lam(parameters)
         budget = schedule.budget(step)
-        scores = self.scores()
-        self.mask = POLICIES[self.settings.policy](scores, budget, self.sizes)
-        self._stacks.mask_lam(self.mask)
-        allocation = Allocation(step, budget, self._live_counts(), self.orthogonality_error())
+        scores = self._scoring.scores(parameters) if self._last_scores is None else self._last_scores
+        self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes)
+        self._stacks.mask_lam(parameters, self.mask)
+        error = float(self._regulariser.errors(parameters).mean())
+        allocation = Allocation(step, budget, self._live_counts(), error)
         self.trace.append(allocation)
         if self.trace_file is not None:
             self.trace_file.append(allocation)
         if schedule.is_final(step):
             self.frozen, self._settled, self._last_scores = True, False, scores
-            self._stacks, self._scoring = self._lay_out()  # the averages have done their work
+            self._lay_out()  # the averages have done their work
             self._settle(optimizer)
 
     def _settle(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -427,4 +432,4 @@ class Allocator:
         if self.settings.compact and self.is_resizable(optimizer):
             self.compact(optimizer)
         else:
-            self._stacks.mask_lam(self.mask, optimizer)  # the optimizer's momentum has moved them
+            self._stacks.mask_lam(self._stacks.parameters(), self.mask, optimizer)  # its momentum has moved them

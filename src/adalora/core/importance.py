@@ -15,6 +15,8 @@ the configuration and the conformance tests find it in :data:`METRICS`.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -23,38 +25,62 @@ import torch
 from torch import Tensor
 
 
+def sensitivity_(w: Tensor, g: Tensor) -> Tensor:
+    """I = |w · g|, in the place of w."""
+    return w.mul_(g).abs_()
+
+
 class Smoothed(NamedTuple):
-    """Moving averages of one block of entries; both have the block's shape, in float32 or wider."""
+    """Moving averages of entries of P, Λ and Q; both have one shape, in float32 or wider."""
 
     sensitivity: Tensor  # Ī
     uncertainty: Tensor  # Ū
 
     @classmethod
-    def zeros_like(cls, block: Tensor) -> Smoothed:
-        return cls(torch.zeros_like(block), torch.zeros_like(block))
+    def zeros_like(cls, entries: Tensor) -> Smoothed:
+        return cls(torch.zeros_like(entries), torch.zeros_like(entries))
 
-    def update_(self, w: Tensor, g: Tensor, beta1: float, beta2: float, valid: Tensor) -> None:
-        """One step, in place. Where ``valid`` (a boolean scalar) is false nothing changes, without asking the device.
+    def update_(self, sensitivity: Tensor, beta1: float, beta2: float) -> None:
+        """One step, in place. If any I is not finite nothing changes, without asking the device.
 
         Args:
-            w: entries, shape of the block; g: their gradients, the same shape.
+            sensitivity: I, shape of the averages; it is used up.
         """
-        sensitivity = (w * g).abs_().nan_to_num_(0.0, 0.0, 0.0)
-        _smooth_(self.sensitivity, sensitivity, beta1, valid)
-        _smooth_(self.uncertainty, sensitivity.sub_(self.sensitivity).abs_(), beta2, valid)
+        sensitivity = sensitivity.to(self.sensitivity.dtype)
+        valid = sensitivity.amax().lt_(math.inf)  # 1, or 0 if the largest is infinite or not a number
+        sensitivity.nan_to_num_(0.0, 0.0, 0.0)  # 0 times these would not be 0
+        take1 = valid * (1 - beta1)
+        take2 = take1 if beta2 == beta1 else valid * (1 - beta2)
+        keep1 = 1 - take1  # 1 if not valid
+        keep2 = keep1 if beta2 == beta1 else 1 - take2
+        # lerp_ would be one operation, but rounds so that Ū, a small difference, is ten times further from PEFT's
+        self.sensitivity.mul_(keep1).addcmul_(sensitivity, take1)
+        self.uncertainty.mul_(keep2).addcmul_(sensitivity.sub_(self.sensitivity).abs_(), take2)
 
 
-def _smooth_(average: Tensor, new: Tensor, beta: float, valid: Tensor) -> None:
-    keep, take, one = average.new_full((), beta), average.new_full((), 1 - beta), average.new_ones(())
-    average.mul_(torch.where(valid, keep, one)).add_(new * (take * valid))
+class Magnitudes:
+    """Sizes of the parts of every triplet, each [n]; norms are only taken if a metric asks for them.
 
+    Args:
+        lam: |λ|
+        vectors: -> ‖P_i‖ and ‖Q_i‖
+    """
 
-class Magnitudes(NamedTuple):
-    """Sizes of the parts of every triplet, each [n]."""
+    def __init__(self, lam: Tensor, vectors: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.lam = lam
+        self._vectors = vectors
 
-    lam: Tensor  # |λ|
-    p: Tensor  # ‖P_i‖
-    q: Tensor  # ‖Q_i‖
+    @functools.cached_property
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        return self._vectors()
+
+    @property
+    def p(self) -> Tensor:
+        return self._norms[0]
+
+    @property
+    def q(self) -> Tensor:
+        return self._norms[1]
 
 
 @dataclass(frozen=True)
@@ -86,13 +112,3 @@ METRICS: dict[str, Metric] = {
         Metric("norm_product", "none", value=lambda m: m.p * m.lam * m.q),
     )
 }
-
-
-def mean_over_vectors(scores: Tensor) -> Tensor:
-    """Entry scores of singular vectors -> one number a triplet: [m, r, d] -> [m·r]."""
-    return scores.mean(dim=-1).flatten()
-
-
-def all_finite(blocks: list[Tensor]) -> Tensor:
-    """One boolean scalar, left on the device."""
-    return torch.stack([block.isfinite().all() for block in blocks]).all()

@@ -56,6 +56,8 @@ class SingularProjection(nn.Module):
         self.gain = gain
         self.apply_vectors = apply
         self.allocator: Any = None  # whose budget the triplets are under, if any
+        self.fused: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None  # Λ Q and P of a fused layer, to
+        # compute with in this type
 
     @property
     def weight(self) -> Tensor:

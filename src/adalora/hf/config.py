@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import InitVar, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
 
@@ -24,6 +24,8 @@ NOT_WITH_ADALORA = {
     "velora_config": "it compresses the input of lora_A, whose place is taken by Q and the singular values.",
     "arrow_config": "it routes among adapters that have been trained; train them with AdaLoRA, export them, and route.",
 }
+Kernel = Literal["fused", "reference"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 @dataclass
@@ -52,6 +54,7 @@ class AdaLoraConfig(LoraConfig):
         singular_gain: constant ρ in W = W0 + s·ρ·P Λ Q; ``"auto"`` is √(d_out / 3), 1.0 the paper.
         sensitivity_at: weights at which sensitivity is taken: ``before_step`` (paper) or ``after_step`` (their code).
         compact: slice pruned triplets away when the final phase begins (False: only in what is saved).
+        kernel: ``fused`` computes linear layers in few passes; ``reference`` as PEFT does, term by term.
 
     Raises:
         ConfigError: a value that cannot be meant, with what to do about it.
@@ -78,6 +81,7 @@ class AdaLoraConfig(LoraConfig):
         default="before_step", metadata={"help": "Weights at which sensitivity is taken."}
     )
     compact: bool = field(default=True, metadata={"help": "Slice pruned triplets away in the final phase."})
+    kernel: Kernel = field(default="fused", metadata={"help": "How linear layers compute their update."})
     delta_t: InitVar[Span | None] = None
 
     @classmethod
@@ -139,6 +143,8 @@ class AdaLoraConfig(LoraConfig):
                 "init_lora_weights='mica' does not go with AdaLoRA: it trains one factor alone. Leave it out, or use"
                 " peft.LoraConfig."
             )
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel={self.kernel!r} is not known; choose one of {sorted(KERNELS)}.")
         settings = self.settings()  # checks the rest
         if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
             settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning

@@ -20,9 +20,11 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from ..core.allocator import Allocator
 from ..core.errors import ConfigError
+from ..core.fused import Products
 from ..core.triplets import Factors, HasWeight, SingularProjection, Triplets, from_product
 from .config import AdaLoraConfig
 from .hooks import drive
+from .kernels import fuse
 
 FSDP_PREFIX = "_fsdp_wrapped_module."  # FullyShardedDataParallel leaves it out of the names in a state dict
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -191,6 +193,11 @@ def upgrade_layers(model: nn.Module, adapter_name: str, config: AdaLoraConfig, *
     allocator = Allocator(triplets, config.settings())
     for part in triplets:
         part.right.allocator = allocator
+    if config.kernel == "fused":
+        linear = [part for part, (_, layer) in zip(triplets, layers, strict=True) if fuse(layer)]
+        products = Products(linear)
+        for part in linear:
+            part.right.fused = functools.partial(products.take, part)
     drive(allocator)
     return allocator
 

@@ -1,0 +1,132 @@
+"""The regulariser's gradient for all matrices of a model at once; its formulas are in :mod:`.orthogonality`.
+
+One product takes all factors of one length, which asks for one rank: where ranks differ, factors are filled up with
+rows of zeros, which touch nothing. XXᵀ of all factors, whatever their length, then lie in one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .orthogonality import Orthogonality, minus_identity_, norms, slope_
+from .stacks import Parts, Stack, Stacks, common_dtype, wide
+
+FILLING = 4  # rows of factors filled up with zeros, in multiples of the rows that they have: at most so many
+
+
+class Level:
+    """Factors that are given one common rank.
+
+    Args:
+        blocks: by length; taken as they are if each factor has this rank.
+        like: says device and type.
+    """
+
+    def __init__(self, rank: int, blocks: Sequence[Stack], like: Tensor) -> None:
+        factors = [factor for block in blocks for factor in block.factors]
+        self.rank = rank
+        self.even = all(factor.rank == rank for factor in factors)
+        self.stacks = blocks
+        if not self.even:
+            zero = like.new_zeros(())
+            self.stacks = [Stack(block.length, block.factors, rank, zero) for block in blocks]
+        self.counts = [len(stack.factors) for stack in self.stacks]
+        self.identity: Tensor | int = 1  # its diagonal, [factors, rank], 0 in rows that fill up
+        if not self.even:
+            ranks = torch.tensor([factor.rank for stack in self.stacks for factor in stack.factors])
+            self.identity = (torch.arange(rank) < ranks.unsqueeze(1)).byte().to(like.device)
+
+    def gather(self, parts: Sequence[Parts]) -> list[Tensor]:
+        """[rows, d] of each stack"""
+        return [wide(stack.gather(parts)) for stack in self.stacks]
+
+    def factors(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """X, [m, rank, d], of each stack."""
+        return [block.view(count, self.rank, -1) for block, count in zip(rows, self.counts, strict=True)]
+
+    def deviation(self, xs: Sequence[Tensor]) -> Tensor:
+        """XXᵀ - I of all factors: [factors, rank, rank]."""
+        return minus_identity_(torch.cat([x @ x.mT for x in xs]), self.identity)
+
+
+class Regulariser:
+    """For the ranks that ``stacks`` is laid out for."""
+
+    def __init__(self, stacks: Stacks) -> None:
+        self.count = 2 * len(stacks.triplets)  # of all factors, those at rank 0 too
+        ranks = common_ranks(factor.rank for block in stacks.blocks for factor in block.factors)
+        self.even = len(set(stacks.sizes) - {0}) == 1
+        self.levels = []
+        for lower, rank in zip([*ranks[1:], 0], ranks, strict=True):
+            blocks = stacks.blocks if self.even else _between(stacks.blocks, lower, rank)
+            self.levels.append(Level(rank, blocks, stacks.triplets[0].lam.data))
+
+    @torch.no_grad()
+    def add_gradient(
+        self,
+        parameters: Sequence[Parts],
+        weight: float,
+        kind: Orthogonality,
+        grad_scale: Tensor | None = None,
+        rows: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of those parameters that are trained.
+
+        Args:
+            weight: γ
+            grad_scale: factor by which a loss scaler has multiplied the gradients.
+            rows: the blocks of ``stacks``, if they have been gathered already.
+        """
+        updates: list[tuple[Tensor, Tensor]] = []
+        for level in self.levels:
+            xs = level.factors(rows if rows is not None and self.even else level.gather(parameters))
+            slopes = slope_(level.deviation(xs), kind, self.count, weight)
+            if grad_scale is not None:
+                slopes.mul_(grad_scale)
+            for stack, x, slope in zip(level.stacks, xs, torch.split(slopes, level.counts), strict=True):
+                ws = [parameters[factor.matrix][factor.side] for factor in stack.factors]
+                update = (slope.to(x.dtype) @ x).flatten(0, 1).to(common_dtype(ws))  # rounded once, all together
+                updates += zip(ws, stack.scatter(update), strict=True)
+        _add_to_gradients([(w, update) for w, update in updates if w.requires_grad])
+
+    @torch.no_grad()
+    def errors(self, parameters: Sequence[Parts]) -> Tensor:
+        """‖XXᵀ - I‖_F of every P and Q that has vectors left."""
+        found = [norms(level.deviation(level.factors(level.gather(parameters)))) for level in self.levels]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found) if found else torch.zeros(1)
+
+
+def common_ranks(ranks: Iterable[int]) -> list[int]:
+    """To which ranks factors are filled up, descending: one for all, unless few are far above the rest."""
+    levels: list[int] = []
+    filled = own = 0
+    for rank in sorted(ranks, reverse=True):
+        if not levels or filled + levels[-1] > FILLING * (own + rank):
+            levels.append(rank)
+            filled = own = 0
+        filled, own = filled + levels[-1], own + rank
+    return sorted(set(levels), reverse=True)
+
+
+def _between(blocks: Sequence[Stack], lower: int, rank: int) -> list[Stack]:
+    """The factors above one rank and up to another, by length."""
+    parts = [(block.length, [f for f in block.factors if lower < f.rank <= rank]) for block in blocks]
+    return [Stack(length, factors) for length, factors in parts if factors]
+
+
+def _add_to_gradients(updates: list[tuple[Tensor, Tensor]]) -> None:
+    """Add matrices to the gradients of parameters; where there is none yet, it is made."""
+    missing = [w for w, _ in updates if w.grad is None]
+    if missing:
+        # One operation for all of them. What is not finite there is not finite in the update, either.
+        for w, zeros in zip(missing, torch._foreach_mul(missing, 0.0), strict=True):
+            w.grad = zeros
+    matrices = [update if w.ndim == 2 else update.view_as(w) for w, update in updates]
+    gradients = [w.grad for w, _ in updates if w.grad is not None]
+    if gradients:
+        torch._foreach_add_(gradients, matrices)
