@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import time
 from pathlib import Path
 
 import peft
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 import adalora
 from adalora import AdaLoraConfig
 
 from ..hf.models import batch, bert, logits
+from .processes import leave, needs_gloo, run_twice
 
 STEPS = 14
-PATIENCE = 240  # seconds; they take 20
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
 
 
 def work(rank: int, port: int, directory: str) -> None:
@@ -64,20 +53,13 @@ def work(rank: int, port: int, directory: str) -> None:
         torch.save(base.state_dict(), f"{directory}/base.pt")
         model.save_pretrained(directory)
         save_file({"logits": logits(model, "SEQ_CLS")}, f"{directory}/expected.safetensors")
-    dist.barrier()
-    os._exit(0)  # gloo's threads, torn down one process after the other, now and then wait for a peer that has gone
+    leave()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo")
+@needs_gloo
 def test_two_processes_with_gradient_checkpointing(tmp_path: Path) -> None:
     """Elsewhere the regulariser is a second use of the parameters in the graph: "marked ready twice"."""
-    processes = mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2, join=False)
-    deadline = time.monotonic() + PATIENCE
-    while not processes.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"two processes did not come to an end within {PATIENCE} seconds")
+    run_twice(work, tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(w.shape[0] for key, w in weights.items() if "lora_A" in key) == 2 * 11
     base = bert()

@@ -28,6 +28,7 @@ from .regulariser import Regulariser
 from .schedule import Schedule
 from .scoring import Scoring
 from .settings import Settings
+from .sharded import like, whole
 from .stacks import LAM, Parts, Stacks, split
 from .state import STATE_VERSION, averages_of, check_fit, factors_of, last_scores_of, to_tensors
 from .trace import Allocation, TraceFile
@@ -258,7 +259,8 @@ class Allocator:
         if not self.manual:
             self.manual = True
             if self._lam_before_mask is not None:  # the hook has masked at its own count of this very step
-                torch._foreach_copy_([t.lam.data for t in self.triplets], split(self._lam_before_mask, self.sizes))
+                for t, lam in zip(self.triplets, split(self._lam_before_mask, self.sizes), strict=True):
+                    t.lam.data.copy_(like(t.lam, lam))
                 self.mask.fill_(True)
                 self.trace.clear()
         self.step = step
@@ -282,7 +284,7 @@ class Allocator:
                 " what is saved is always compact."
             )
         self._refresh()
-        self._stacks.mask_lam(self._stacks.parameters(), self.mask)
+        self._stacks.mask_lam(self.mask)
         if self._last_scores is not None:
             self._last_scores = self._last_scores[self.mask]
         places = torch.tensor([i for size in self.sizes for i in range(size)], device=self.mask.device)
@@ -351,7 +353,7 @@ class Allocator:
 
     def _refresh(self, parameters: Sequence[Parts] | None = None) -> None:
         """Catch up with weights, ranks or a device that changed behind the allocator's back."""
-        lams = [t.lam for t in self.triplets] if parameters is None else [parts[LAM] for parts in parameters]
+        lams = [whole(t.lam) for t in self.triplets] if parameters is None else [parts[LAM] for parts in parameters]
         if self._weights_replaced or self._stacks.sizes != [lam.shape[0] for lam in lams]:
             self._weights_replaced = False
             self._lay_out()
@@ -414,7 +416,7 @@ class Allocator:
         budget = schedule.budget(step)
         scores = self._scoring.scores(parameters) if self._last_scores is None else self._last_scores
         self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes)
-        self._stacks.mask_lam(parameters, self.mask)
+        self._stacks.mask_lam(self.mask)
         error = float(self._regulariser.errors(parameters).mean())
         allocation = Allocation(step, budget, self._live_counts(), error)
         self.trace.append(allocation)
@@ -432,4 +434,4 @@ class Allocator:
         if self.settings.compact and self.is_resizable(optimizer):
             self.compact(optimizer)
         else:
-            self._stacks.mask_lam(self._stacks.parameters(), self.mask, optimizer)  # its momentum has moved them
+            self._stacks.mask_lam(self.mask, optimizer)  # its momentum has moved them

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .orthogonality import Orthogonality, minus_identity_, norms, slope_
+from .sharded import like, shards_of
 from .stacks import Parts, Stack, Stacks, common_dtype, wide
 
 FILLING = 4  # rows of factors filled up with zeros, in multiples of the rows that they have: at most so many
@@ -130,3 +131,6 @@ def _add_to_gradients(updates: list[tuple[Tensor, Tensor]]) -> None:
     gradients = [w.grad for w, _ in updates if w.grad is not None]
     if gradients:
         torch._foreach_add_(gradients, matrices)
+    for w, _ in updates:
+        if (shards := shards_of(w)) is not None and w.grad is not None:
+            shards.grad = like(shards, w.grad)

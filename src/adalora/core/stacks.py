@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .sharded import is_sharded, like, whole
 from .triplets import Triplets
 
 Parts: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -99,8 +100,14 @@ class Stacks:
         self._places = self._places_of_triplets().to(self.device)
 
     def parameters(self) -> list[Parts]:
-        """Of every matrix. They may be replaced between two steps, so they are collected at each."""
-        return [t.parameters for t in self.triplets]
+        """Of every matrix. They may be replaced between two steps, so they are collected at each.
+
+        Instead of those that lie in shards there are whole copies, each of which names its shards.
+        """
+        parameters = [t.parameters for t in self.triplets]
+        if any(is_sharded(w) for parts in parameters for w in parts):
+            return [(whole(p), whole(lam), whole(q)) for p, lam, q in parameters]
+        return [*parameters]
 
     @torch.no_grad()
     def gather(self, parts: Sequence[Parts]) -> Tensor:
@@ -129,23 +136,21 @@ class Stacks:
         return torch.cat([of_lam, *of_rows])[self._places]
 
     @torch.no_grad()
-    def mask_lam(
-        self, parameters: Sequence[Parts], mask: Tensor, optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
+    def mask_lam(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """λ = 0 where the mask, [sum of sizes], is False.
 
         Args:
             optimizer: its state, too: averages of λ, as schedule-free optimizers keep them, would bring these back.
         """
-        lams = [part[LAM] for part in parameters]
+        lams = [t.lam for t in self.triplets]
         masks = split(mask.to(lams[0].dtype), self.sizes)
-        pairs = [(lam.data, m) for lam, m in zip(lams, masks, strict=True)]
+        pairs = [(lam.data, like(lam, m)) for lam, m in zip(lams, masks, strict=True)]
         if optimizer is not None:
             pairs += [
                 (value, m)
-                for lam, m in zip(lams, masks, strict=True)
+                for lam, (_, m) in zip(lams, pairs, strict=True)
                 for value in optimizer.state.get(lam, {}).values()
-                if type(value) is Tensor and value.shape == m.shape and value.is_floating_point()
+                if type(value) is type(m) and value.shape == m.shape and value.is_floating_point()
             ]
         torch._foreach_mul_([values for values, _ in pairs], [m for _, m in pairs])
 

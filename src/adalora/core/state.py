@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import StateError
 from .importance import Smoothed
+from .sharded import whole
 from .stacks import split
 from .triplets import Factors, Triplets
 
@@ -27,7 +28,7 @@ def to_tensors(
     tensors = {
         f"{t.name}/{key}": value.detach().clone()
         for t in triplets
-        for key, value in Factors(*t.parameters)._asdict().items()
+        for key, value in Factors(*map(whole, t.parameters))._asdict().items()
     }
     sizes = [t.rank for t in triplets]
     for key, vector in (("mask", mask), ("score", last_scores)):

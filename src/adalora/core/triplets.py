@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from .errors import ConfigError
+from .sharded import like
 
 Initialization = Literal["orthonormal", "gaussian"]
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
@@ -186,7 +187,7 @@ class Triplets:
             value = value.detach().to(parameter).reshape(shape)
             parameter.grad = None
             if value.shape == parameter.shape:
-                parameter.copy_(value)
+                parameter.copy_(like(parameter, value))
             else:
                 _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
 

@@ -1,0 +1,47 @@
+"""Parameters that FSDP2 keeps in shards (DTensors): whole for the allocator to read, and back into the shards.
+
+Every process makes the same decisions from the same whole tensors. Each parameter and gradient is gathered by itself:
+right, and no faster than that; adapters are small.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there are no shards before it is
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@torch.no_grad()
+def whole(parameter: Tensor) -> Tensor:
+    """Of a parameter in shards a plain copy with its gradient, whose ``shards`` are the parameter; others as they are."""
+    if not is_sharded(parameter):
+        return parameter
+    sharded: Any = parameter
+    copy: Any = sharded.full_tensor().detach().requires_grad_(sharded.requires_grad)
+    if sharded.grad is not None:
+        copy.grad = sharded.grad.full_tensor()
+    copy.shards = sharded
+    return copy  # type: ignore[no-any-return]
+
+
+def shards_of(tensor: Tensor) -> Any:
+    """The parameter that ``tensor`` is a whole copy of, if it is one."""
+    return getattr(tensor, "shards", None)
+
+
+def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the parameter's shape, equal in every process, in shards if the parameter lies in shards."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=placements)
