@@ -114,6 +114,8 @@ def comparison(found: Found) -> str:
         [f"our AdaLoRA / {words}", *(spread(ratio(cell, OURS, name)) for cell in found["cells"])]
         for name, words in others.items()
     ]
+    floor = [spread(ratio(cell, FLOOR, LORA)) for cell in found["cells"]]
+    rows.append(["the frozen base / PEFT's LoRA: nothing can be below", *floor])
     return table(["a step (quartiles)", *(title(cell) for cell in found["cells"])], rows)
 
 

@@ -101,6 +101,9 @@ class AdaLoraSection(_Section):
     )
     sensitivity_at: str = Field("before_step", description="Weights that the sensitivity is taken at.")
     compact: bool = Field(True, description="Slice pruned triplets away in memory when the final phase begins.")
+    kernel: Literal["fused", "reference"] = Field(
+        "fused", description="How linear layers compute their update: in few passes, or term by term as PEFT does."
+    )
 
     @model_validator(mode="after")
     def _fill_in(self) -> AdaLoraSection:

@@ -281,6 +281,16 @@ def test_weights_changed_before_backward_are_an_error() -> None:
         total.backward()
 
 
+def test_weights_that_took_no_part_may_change() -> None:
+    triplets, products = members()
+    total = loss([products.take(triplets[0], torch.float64)])
+    with torch.no_grad():
+        triplets[1].lam.add_(1)
+    total.backward()
+    assert triplets[0].lam.grad is not None
+    assert triplets[1].lam.grad is None
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     triplets, products = members()
     with torch.no_grad():

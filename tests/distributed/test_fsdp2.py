@@ -69,7 +69,7 @@ def work(rank: int, port: int, directory: str) -> None:
 
 
 @needs_gloo
-@pytest.mark.compatibility("Trainers and loops", "FSDP2 (`fully_shard`): one schedule, ranks compacted in what is saved")
+@pytest.mark.compatibility("Trainers and loops", "FSDP2 (`fully_shard`): one schedule, compact when saved")
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     run_twice(work, tmp_path)
     model = adapted()

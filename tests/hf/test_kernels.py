@@ -24,8 +24,6 @@ from adalora.hf.kernels import _FusedLayer, fuse_layers
 
 from .models import ARCHITECTURES, batch, bert
 
-AREA = "Layers"
-
 
 def adapted(name: str, kernel: str, *, seed: int = 0, **settings: Any) -> nn.Module:
     """With Λ != 0, so that all factors have gradients; the same weights for every kernel."""
@@ -132,6 +130,9 @@ def test_a_whole_training_has_the_same_masks(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", ["float32 under autocast", "float32 adapters on a half base", "all half"])
+@pytest.mark.compatibility(
+    "Optimizers and precision", "bfloat16 and float16: under autocast, beside float32 adapters, throughout"
+)
 def test_half_precision(dtype: torch.dtype, weights: str) -> None:
     """As far from float64 as the reference is, or less: both round, each in its own places."""
     inputs = batch("SEQ_CLS", 3)
@@ -213,6 +214,7 @@ def two(kernel: str, **settings: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.compatibility("Trainers and loops", "second derivatives (`create_graph=True`)")
 def test_second_derivatives() -> None:
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     found = []
@@ -224,6 +226,9 @@ def test_second_derivatives() -> None:
     assert_close(*found, tolerance=1e-12)
 
 
+@pytest.mark.compatibility(
+    "Trainers and loops", "`torch.func` (per-example gradients by `vmap`) and forward-mode derivatives"
+)
 def test_function_transforms() -> None:
     """Gradients of every example by vmap, and forward-mode derivatives: PEFT's own operations, which have rules."""
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -243,6 +248,9 @@ def test_function_transforms() -> None:
     assert_close(*tangents, tolerance=1e-12)
 
 
+@pytest.mark.compatibility(
+    "Trainers and loops", "`torch.compile(fullgraph=True)`: forward and backward without a graph break"
+)
 def test_compiled_without_a_graph_break() -> None:
     inputs = batch("SEQ_CLS", 3)
     ours, theirs = both("bert")
@@ -254,6 +262,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 
 @pytest.mark.parametrize("where", ["base_layer", "lora_A.default", "lora_B.default", "everywhere"])
+@pytest.mark.compatibility("Layers", "hooks on `base_layer`, `lora_A`, `lora_B`: each sees its own part's output")
 def test_hooks_see_what_they_saw(where: str) -> None:
     """A hook on a part of a layer gets that part's own output: the base product without the update, for one."""
     inputs, seen = batch("SEQ_CLS", 3), []
@@ -338,6 +347,27 @@ def test_whatever_is_not_the_common_case_is_the_same_too(case: str) -> None:
         out.square().sum().backward()
         assert rows.grad is not None
         found.append({**gradients(model), "x": rows.grad, "y": out.detach()})
+    assert_close(*found, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+@pytest.mark.compatibility(
+    "Trainers and loops", "tensors in the place of parameters, as FSDP1 and DataParallel put them"
+)
+def test_parameters_that_a_wrapper_has_taken_out(part: str) -> None:
+    """FSDP1 and DataParallel put tensors, as plain attributes, where parameters were."""
+    x, found = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), []
+    for kernel in ("fused", "reference"):
+        model: Any = two(kernel)
+        for layer in (model.base_model.model.first, model.base_model.model.second):
+            module = layer.get_submodule(part)
+            for name, w in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                setattr(module, name, w.detach() * 2)
+        rows = x.clone().requires_grad_()
+        model(rows).square().sum().backward()
+        assert rows.grad is not None
+        found.append({**gradients(model), "x": rows.grad})
     assert_close(*found, tolerance=1e-12)
 
 

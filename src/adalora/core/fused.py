@@ -43,7 +43,10 @@ def adapted_linear(
     Returns:
         [..., d_out]
     """
-    return _apply(_AdaptedLinear, x, z, weight, bias, a, b, alpha)
+    inputs = (computed_in(x), x, z, weight, bias, a, b, alpha)
+    if torch.is_grad_enabled():
+        return _AdaptedLinear.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return _base_and_update(*inputs)[0]
 
 
 def add_update(y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -52,7 +55,7 @@ def add_update(y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tens
     Args:
         y: [..., d_out]; z: [..., d_in]; a: [r, d_in]; b: [d_out, r]
     """
-    return _apply(_AddUpdate, y, z, a, b, alpha)
+    return _AddUpdate.apply(computed_in(y), y, z, a, b, alpha)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def computed_in(tensor: Tensor) -> torch.dtype:
@@ -61,14 +64,6 @@ def computed_in(tensor: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return tensor.dtype
-
-
-def _apply(function: type[Function], first: Tensor, *inputs: Any) -> Tensor:
-    device, dtype = first.device.type, computed_in(first)
-    if not torch.is_autocast_enabled(device):
-        return function.apply(dtype, first, *inputs)  # type: ignore[no-any-return, no-untyped-call]
-    with torch.autocast(device, enabled=False):  # inside, it must not cast once more
-        return function.apply(dtype, first, *inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,6 +78,24 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _scaled_product(left: Tensor, right: Tensor, alpha: float, like: Tensor) -> Tensor:
     """α·left right in one operation; ``like`` only has its shape."""
     return torch.addmm(like, left, right, beta=0, alpha=alpha)
+
+
+def _base_and_update(
+    dtype: torch.dtype,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """y, [..., d_out], and hᵀ, [r, n]."""
+    rows, w = _rows(x, dtype), _cast(weight, dtype)
+    y = rows @ w.T if bias is None else torch.addmm(_cast(bias, dtype), rows, w.T)
+    ht = _cast(a, dtype) @ (rows if z is None else _rows(z, dtype)).T
+    y.addmm_(ht.T, _cast(b, dtype).T, alpha=alpha)
+    return y.view(*x.shape[:-1], y.shape[-1]), ht
 
 
 class _Node(Function):
@@ -123,23 +136,13 @@ class _Node(Function):
 class _AdaptedLinear(_Node):
     @staticmethod
     def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        x: Tensor,
-        z: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        alpha: float,
+        ctx: Any, dtype: torch.dtype, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
-        rows, w = _rows(x, dtype), _cast(weight, dtype)
-        y = rows @ w.T if bias is None else torch.addmm(_cast(bias, dtype), rows, w.T)
-        ht = _cast(a, dtype) @ (rows if z is None else _rows(z, dtype)).T
-        y.addmm_(ht.T, _cast(b, dtype).T, alpha=alpha)
+        a, b, alpha = rest
+        y, ht = _base_and_update(dtype, x, z, weight, bias, a, b, alpha)
         ctx.save_for_backward(x if z is None else z, weight, a, b, ht)
         ctx.dtype, ctx.alpha, ctx.shape, ctx.has_dropout = dtype, alpha, x.shape, z is not None
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def gradients(ctx: Any, g: Tensor) -> Any:
@@ -178,8 +181,9 @@ class Products:
     """A = Λ Q and B = P of all matrices of one adapter, with one node of the graph between them and the parameters.
 
     So what turns ∂L/∂A and ∂L/∂B into the gradients of P, Λ and Q is a few operations a pass, not a few a matrix.
-    The first layer to run has the products of all layers made, and each layer takes its own, once. A layer that finds
-    its own taken has come to its next forward pass, and has all of them made anew. A backward pass ends them, too.
+    The first layer to run has the products of all layers on its device made, and each layer takes its own, once. A
+    layer that finds its own taken has come to its next forward pass, and has all of them made anew. A backward pass
+    ends them, too.
 
     Args:
         members: triplets of linear layers.
@@ -201,7 +205,7 @@ class Products:
         if torch.is_grad_enabled():
             taken = self._take(triplets)
             if taken is None and not _is_distributed():
-                self._make(dtype)
+                self._make(dtype, triplets.q.device)
                 taken = self._take(triplets)
             if taken is not None:
                 return taken
@@ -215,14 +219,19 @@ class Products:
         a, b, source = self._made.pop(id(triplets), (None, None, None))
         return None if a is None or b is None or source != _source(triplets.parameters) else (a, b)
 
-    def _make(self, dtype: torch.dtype) -> None:
+    def _make(self, dtype: torch.dtype, device: torch.device) -> None:
         factors = {id(t): t.parameters for t in self.members}
-        whole = {key: parts for key, parts in factors.items() if all(type(part) is nn.Parameter for part in parts)}
-        made = _FromFactors.apply(  # type: ignore[no-untyped-call]
-            weakref.ref(self), dtype, *chain(*zip(*whole.values(), strict=True))
-        )
+        whole = {
+            key: parts
+            for key, parts in factors.items()
+            if parts[0].device == device and all(type(part) is nn.Parameter for part in parts)
+        }
+        if not whole:
+            return
+        inputs = chain(*zip(*whole.values(), strict=True))
+        made = _FromFactors.apply(weakref.ref(self), dtype, *inputs)  # type: ignore[no-untyped-call]
         pairs = zip(whole.items(), made[: len(whole)], made[len(whole) :], strict=True)
-        self._made = {key: (a, b, _source(parts)) for (key, parts), a, b in pairs}
+        self._made.update({key: (a, b, _source(parts)) for (key, parts), a, b in pairs})
 
 
 def _source(parameters: tuple[Tensor, ...]) -> tuple[object, ...]:
@@ -248,7 +257,7 @@ class _FromFactors(Function):
         ctx.products = products
         count = len(factors) // 3
         ctx.ps, ctx.lams, ctx.qs = (factors[k * count : (k + 1) * count] for k in range(3))
-        ctx.versions = [w._version for w in factors]
+        ctx.versions = _versions(ctx)
         all_a: dict[int, Tensor] = {}
         for group, sizes, lam, q in _blocks(ctx, range(count)):
             all_a.update(zip(group, _split(_cast(lam.unsqueeze(1) * q, dtype), sizes), strict=True))
@@ -261,15 +270,17 @@ class _FromFactors(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂L/∂λ_i = Σ_j Q_ij ∂L/∂A_ij and ∂L/∂Q = Λ ∂L/∂A; ∂L/∂P = ∂L/∂B."""
-        if ctx.versions != [w._version for w in (*ctx.ps, *ctx.lams, *ctx.qs)]:
+        count = len(ctx.qs)
+        of_a, of_b = gradients[:count], gradients[count:]
+        used = [k for k in range(count) if of_a[k] is not None or of_b[k] is not None]
+        present = _versions(ctx)
+        if any(ctx.versions[k] != present[k] for k in used):
             raise StateError(
                 "adapter weights were changed in place after the forward pass whose gradients are asked for: call"
                 " backward() before optimizer.step()."
             )
         if (products := ctx.products()) is not None:
             products.forget()
-        count = len(ctx.qs)
-        of_a, of_b = gradients[:count], gradients[count:]
         dlams: dict[int, Tensor] = {}
         dqs: dict[int, Tensor] = {}
         for group, sizes, lam, q in _blocks(ctx, [k for k in range(count) if of_a[k] is not None]):
@@ -279,12 +290,16 @@ class _FromFactors(Function):
         return None, None, *_laid_out(of_b, ctx.ps), *(d.get(k) for d in (dlams, dqs) for k in range(count))
 
 
+def _versions(ctx: Any) -> list[tuple[int, int, int]]:
+    return [(p._version, lam._version, q._version) for p, lam, q in zip(ctx.ps, ctx.lams, ctx.qs, strict=True)]
+
+
 def _blocks(ctx: Any, members: Iterable[int]) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
-    """Members of one width, type and device; their ranks; their λ, [R], and Q, [R, d_in], one below the other."""
+    """Members of one width and type; their ranks; their λ, [R], and Q, [R, d_in], one below the other."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for k in members:
         q = ctx.qs[k]
-        groups.setdefault((q.shape[1], q.dtype, q.device), []).append(k)
+        groups.setdefault((q.shape[1], q.dtype), []).append(k)
     for group in groups.values():
         lams, qs = [ctx.lams[k] for k in group], [ctx.qs[k] for k in group]
         yield group, [len(lam) for lam in lams], torch.cat(lams), torch.cat(qs)

@@ -20,7 +20,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
-    """Of a parameter in shards a plain copy with its gradient, whose ``shards`` are the parameter; others as they are."""
+    """A plain copy, with its gradient, of a parameter in shards (they are its ``shards``); any other as it is."""
     if not is_sharded(parameter):
         return parameter
     sharded: Any = parameter

@@ -103,16 +103,17 @@ def _only_adapter(layer: Any) -> str | None:
 
 
 def _is_bare(linear: nn.Module) -> bool:
-    """Whether a linear layer has no bias, and its weight is a parameter and nothing that wraps or replaces one."""
-    return linear._parameters["bias"] is None and type(linear._parameters["weight"]) is nn.Parameter
+    """Whether a linear layer has no bias, and its weight is its own parameter, not what a wrapper put in its place."""
+    parameters = linear._parameters
+    return parameters.get("bias") is None and type(parameters.get("weight")) is nn.Parameter
 
 
 def _is_triplets(right: Any) -> bool:
+    parameters = right._parameters
     return (
         type(right) is SingularProjection
         and right.fused is not None
-        and type(right._parameters["right_vectors"]) is nn.Parameter
-        and type(right._parameters["singular_values"]) is nn.Parameter
+        and type(parameters.get("right_vectors")) is type(parameters.get("singular_values")) is nn.Parameter
     )
 
 
@@ -121,7 +122,7 @@ def _constant_weight(base: Any, x: Tensor) -> Tensor | None:
     kind = type(base)
     if kind not in (nn.Linear, Conv1D) or _is_watched(base):
         return None
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
