@@ -69,6 +69,7 @@ def work(rank: int, port: int, directory: str) -> None:
 
 
 @needs_gloo
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
 @pytest.mark.compatibility("Trainers and loops", "FSDP2 (`fully_shard`): one schedule, compact when saved")
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     run_twice(work, tmp_path)
