@@ -110,6 +110,20 @@ def test_gradients_are_those_of_the_reference(name: str, dropout: bool) -> None:
             torch.testing.assert_close(ours.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_dropout_goes_by_its_own_mode() -> None:
+    """Monte Carlo dropout: on, in a model that is otherwise in evaluation mode."""
+    inputs, losses = batch("SEQ_CLS", 3), []
+    for model in both("bert", lora_dropout=0.5):
+        model.eval()
+        quiet = model(**inputs).loss
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+        losses.append(run(model, inputs)[0])
+        assert not torch.allclose(losses[-1], quiet)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_whole_training_has_the_same_masks(name: str) -> None:
     """In float64, where both sides differ by the order of summation alone, through pruning, compaction and after."""

@@ -64,7 +64,7 @@ class _FusedLayer:
         else:
             (a, b), alpha = right.fused(computed_in(y)), right.gain * layer.scaling[name]
         dropout = layer.lora_dropout[name]
-        z = dropout(x) if layer.training and type(dropout) is not nn.Identity else None
+        z = dropout(x) if type(dropout) is not nn.Identity and dropout.training else None
         if weight is None:
             return add_update(y, x if z is None else z, a, b, alpha)
         return adapted_linear(x, z, weight, base.bias, a, b, alpha)
