@@ -268,7 +268,9 @@ def test_function_transforms() -> None:
 def test_compiled_without_a_graph_break() -> None:
     inputs = batch("SEQ_CLS", 3)
     ours, theirs = both("bert")
-    loss, found = run(torch.compile(ours, fullgraph=True), inputs)  # type: ignore[arg-type]
+    with fused_calls() as calls:
+        loss, found = run(torch.compile(ours, fullgraph=True), inputs)  # type: ignore[arg-type]
+    assert calls == ["add_update"] * len(fused_layers(ours))
     expected, theirs_found = run(theirs, inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     found = {name.removeprefix("_orig_mod."): g for name, g in found.items()}

@@ -55,6 +55,10 @@ def add_update(y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tens
     Args:
         y: [..., d_out]; z: [..., d_in]; a: [r, d_in]; b: [d_out, r]
     """
+    if torch.compiler.is_compiling():  # an expression; by its layout autograd takes it apart into the same products
+        dtype = computed_in(y)
+        ht = _cast(a, dtype) @ _rows(z, dtype).T
+        return torch.addmm(_rows(y, dtype), ht.T, _cast(b, dtype).T.contiguous(), alpha=alpha).view(y.shape)
     return _AddUpdate.apply(computed_in(y), y, z, a, b, alpha)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -202,7 +206,7 @@ class Products:
         Args:
             dtype: that the layer computes in. The first layer's is taken for all, another layer's has to be cast to.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             taken = self._take(triplets)
             if taken is None and not _is_distributed():
                 self._make(dtype, triplets.q.device)

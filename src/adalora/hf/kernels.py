@@ -74,10 +74,9 @@ class _FusedLayer:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """An ordinary tensor in ordinary execution. Compilers, tracers and function transforms see PEFT's own forward."""
+    """An ordinary tensor in ordinary execution. Tracers and function transforms see PEFT's own forward."""
     return (
         type(x) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
@@ -118,9 +117,12 @@ def _is_triplets(right: Any) -> bool:
 
 
 def _constant_weight(base: Any, x: Tensor) -> Tensor | None:
-    """W0, [d_out, d_in], if the base layer does nothing but multiply x by constants, unwatched."""
+    """W0, [d_out, d_in], if the base layer does nothing but multiply x by constants, unwatched.
+
+    Compilers see the base layer itself.
+    """
     kind = type(base)
-    if kind not in (nn.Linear, Conv1D) or _is_watched(base):
+    if torch.compiler.is_compiling() or kind not in (nn.Linear, Conv1D) or _is_watched(base):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
