@@ -58,7 +58,8 @@ def add_update(y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tens
     if torch.compiler.is_compiling():  # an expression; by its layout autograd takes it apart into the same products
         dtype = computed_in(y)
         ht = _cast(a, dtype) @ _rows(z, dtype).T
-        return torch.addmm(_rows(y, dtype), ht.T, _cast(b, dtype).T.contiguous(), alpha=alpha).view(y.shape)
+        total = torch.addmm(_rows(y, dtype), ht.T, _cast(b, dtype).T.contiguous(), alpha=alpha)
+        return _cast(total, y.dtype).view(y.shape)
     return _AddUpdate.apply(computed_in(y), y, z, a, b, alpha)  # type: ignore[no-any-return, no-untyped-call]
 
 
