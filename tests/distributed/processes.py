@@ -7,13 +7,31 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from adalora import AdaLoraConfig
+
+STEPS = 14
 PATIENCE = 240  # seconds; they take 20
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch with gloo")
+
+
+def config(**changes: Any) -> AdaLoraConfig:
+    return AdaLoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query", "value", "dense"],
+        target_r=2,
+        init_r=4,
+        total_step=STEPS,
+        tinit=2,
+        tfinal=4,
+        deltaT=1,
+        **changes,
+    )
 
 
 def run_twice(work: Callable[[int, int, str], None], directory: Path) -> None:

@@ -11,12 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import adalora
-from adalora import AdaLoraConfig
 
 from ..hf.models import batch, bert, logits
-from .processes import leave, needs_gloo, run_twice
-
-STEPS = 14
+from .processes import STEPS, config, leave, needs_gloo, run_twice
 
 
 def work(rank: int, port: int, directory: str) -> None:
@@ -25,17 +22,7 @@ def work(rank: int, port: int, directory: str) -> None:
     torch.manual_seed(0)
     base = bert()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = AdaLoraConfig(
-        task_type="SEQ_CLS",
-        target_modules=["query", "value", "dense"],
-        target_r=2,
-        init_r=4,
-        total_step=STEPS,
-        tinit=2,
-        tfinal=4,
-        deltaT=1,
-    )
-    model = adalora.get_peft_model(copy.deepcopy(base), config)
+    model = adalora.get_peft_model(copy.deepcopy(base), config())
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
     for step in range(STEPS):

@@ -12,28 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adalora
-from adalora import AdaLoraConfig
 
 from ..hf.models import batch, bert, logits
-from .processes import leave, needs_gloo, run_twice
-
-STEPS = 14
+from .processes import STEPS, config, leave, needs_gloo, run_twice
 
 
 def adapted() -> nn.Module:
     torch.manual_seed(0)
-    config = AdaLoraConfig(
-        task_type="SEQ_CLS",
-        target_modules=["query", "value", "dense"],
-        target_r=2,
-        init_r=4,
-        total_step=STEPS,
-        tinit=2,
-        tfinal=4,
-        deltaT=1,
-        compact=False,
-    )
-    return adalora.get_peft_model(bert(), config).double()
+    return adalora.get_peft_model(bert(), config(compact=False)).double()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -414,7 +414,7 @@ class Allocator:
         if self.step == 1 and not self.manual:
             self._lam_before_mask = self._stacks.gather_lam(parameters)
         budget = schedule.budget(step)
-        scores = self._scoring.scores(parameters) if self._last_scores is None else self._last_scores
+        scores = self._scoring.scores(parameters)
         self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes)
         self._stacks.mask_lam(self.mask)
         error = float(self._regulariser.errors(parameters).mean())

@@ -18,7 +18,7 @@ libraries take half the time, or a tenth, of what upright ones take. With A and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -55,11 +55,8 @@ def add_update(y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tens
     Args:
         y: [..., d_out]; z: [..., d_in]; a: [r, d_in]; b: [d_out, r]
     """
-    if torch.compiler.is_compiling():  # an expression; by its layout autograd takes it apart into the same products
-        dtype = computed_in(y)
-        ht = _cast(a, dtype) @ _rows(z, dtype).T
-        total = torch.addmm(_rows(y, dtype), ht.T, _cast(b, dtype).T.contiguous(), alpha=alpha)
-        return _cast(total, y.dtype).view(y.shape)
+    if torch.compiler.is_compiling():  # autograd takes the expression, laid out so, apart into the same products
+        return _with_update(computed_in(y), y, z, a, b.T.contiguous(), alpha)[0]
     return _AddUpdate.apply(computed_in(y), y, z, a, b, alpha)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -103,42 +100,50 @@ def _base_and_update(
     return y.view(*x.shape[:-1], y.shape[-1]), ht
 
 
-class _Node(Function):
-    """What both nodes do backwards. Autograd itself brings gradients to the types of what they belong to."""
+def _with_update(
+    dtype: torch.dtype, y: Tensor, z: Tensor, a: Tensor, bt: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """y + α·(z Aᵀ) Bᵀ, a sum of its own, since whatever made y may need it again; and hᵀ, [r, n]."""
+    ht = _cast(a, dtype) @ _rows(z, dtype).T
+    return _cast(torch.addmm(_rows(y, dtype), ht.T, _cast(bt, dtype), alpha=alpha), y.dtype).view(y.shape), ht
 
-    @classmethod
-    def backward(cls, ctx: Any, gradient: Tensor) -> Any:
+
+def _outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward pass on ∂L/∂y as rows, [n, d_out], in the forward pass's type, in autocast or not.
+
+    Autograd itself brings gradients to the types of what they belong to.
+    """
+
+    def outside(ctx: Any, gradient: Tensor) -> Any:
         device = gradient.device.type
         if not torch.is_autocast_enabled(device):
-            return cls.gradients(ctx, _rows(gradient, ctx.dtype))
-        with torch.autocast(device, enabled=False):  # of a loop that calls backward() inside it
-            return cls.gradients(ctx, _rows(gradient, ctx.dtype))
+            return backward(ctx, _rows(gradient, ctx.dtype))
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, _rows(gradient, ctx.dtype))
 
-    @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> Any:
-        raise NotImplementedError
-
-    @staticmethod
-    def of_update(
-        ctx: Any, g: Tensor, z: Tensor, a: Tensor, b: Tensor, ht: Tensor, needs: Sequence[bool], into: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """∂L/∂z (added to ``into``, if that is given), ∂L/∂A and ∂L/∂B, as far as they are needed."""
-        z, a, b = _rows(z, ctx.dtype), _cast(a, ctx.dtype), _cast(b, ctx.dtype)
-        dz, da, db = into, None, None
-        if torch.is_grad_enabled():  # a backward pass that will be differentiated must see where h comes from
-            ht = a @ z.T
-        if needs[2]:
-            db = _scaled_product(ht, g, ctx.alpha, like=b.T).T
-        if needs[0] or needs[1]:
-            vt = b.T @ g.T
-            if needs[1]:
-                da = _scaled_product(vt, z, ctx.alpha, like=a)
-            if needs[0]:
-                dz = _scaled_product(vt.T, a, ctx.alpha, z) if into is None else into.addmm_(vt.T, a, alpha=ctx.alpha)
-        return dz, da, db
+    return outside
 
 
-class _AdaptedLinear(_Node):
+def _gradients(
+    ctx: Any, g: Tensor, z: Tensor, a: Tensor, b: Tensor, ht: Tensor, needs: Sequence[bool], into: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂L/∂z (added to ``into``, if that is given), ∂L/∂A and ∂L/∂B, as far as they are needed."""
+    z, a, b = _rows(z, ctx.dtype), _cast(a, ctx.dtype), _cast(b, ctx.dtype)
+    dz, da, db = into, None, None
+    if torch.is_grad_enabled():  # a backward pass that will be differentiated must see where h comes from
+        ht = a @ z.T
+    if needs[2]:
+        db = _scaled_product(ht, g, ctx.alpha, like=b.T).T
+    if needs[0] or needs[1]:
+        vt = b.T @ g.T
+        if needs[1]:
+            da = _scaled_product(vt, z, ctx.alpha, like=a)
+        if needs[0]:
+            dz = _scaled_product(vt.T, a, ctx.alpha, z) if into is None else into.addmm_(vt.T, a, alpha=ctx.alpha)
+    return dz, da, db
+
+
+class _AdaptedLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, dtype: torch.dtype, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, *rest: Any
@@ -150,32 +155,33 @@ class _AdaptedLinear(_Node):
         return y
 
     @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> Any:
+    @_outside_autocast
+    def backward(ctx: Any, g: Tensor) -> Any:
         z, weight, a, b, ht = ctx.saved_tensors
         _, needs_x, needs_z, _, _, *needs_a_b, _ = ctx.needs_input_grad
         dx = g @ _cast(weight, ctx.dtype) if needs_x else None
         if ctx.has_dropout:
-            dz, da, db = _Node.of_update(ctx, g, z, a, b, ht, (needs_z, *needs_a_b), None)
+            dz, da, db = _gradients(ctx, g, z, a, b, ht, (needs_z, *needs_a_b), None)
         else:
-            dx, da, db = _Node.of_update(ctx, g, z, a, b, ht, (needs_x, *needs_a_b), dx)
+            dx, da, db = _gradients(ctx, g, z, a, b, ht, (needs_x, *needs_a_b), dx)
             dz = None
         dx, dz = (None if d is None else d.view(ctx.shape) for d in (dx, dz))
         return None, dx, dz, None, None, da, db, None
 
 
-class _AddUpdate(_Node):
+class _AddUpdate(Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, y: Tensor, z: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-        ht = _cast(a, dtype) @ _rows(z, dtype).T
+        total, ht = _with_update(dtype, y, z, a, b.T, alpha)
         ctx.save_for_backward(z, a, b, ht)
         ctx.dtype, ctx.alpha = dtype, alpha
-        # a sum of its own, since whatever made y may need it again
-        return _cast(torch.addmm(_rows(y, dtype), ht.T, _cast(b, dtype).T, alpha=alpha), y.dtype).view(y.shape)
+        return total
 
     @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> Any:
+    @_outside_autocast
+    def backward(ctx: Any, g: Tensor) -> Any:
         z, a, b, ht = ctx.saved_tensors
-        dz, da, db = _Node.of_update(ctx, g, z, a, b, ht, ctx.needs_input_grad[2:5], None)
+        dz, da, db = _gradients(ctx, g, z, a, b, ht, ctx.needs_input_grad[2:5], None)
         return None, g.view(*z.shape[:-1], g.shape[-1]), None if dz is None else dz.view(z.shape), da, db, None
 
 

@@ -57,8 +57,8 @@ class SingularProjection(nn.Module):
         self.gain = gain
         self.apply_vectors = apply
         self.allocator: Any = None  # whose budget the triplets are under, if any
-        self.fused: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None  # Λ Q and P of a fused layer, to
-        # compute with in this type
+        # of a fused layer: the type that it computes in -> Λ Q and P
+        self.fused: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None
 
     @property
     def weight(self) -> Tensor:
