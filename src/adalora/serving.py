@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from . import tasks
 from .core.errors import ConfigError
 from .hf.convert import read_peft_adalora
 from .hf.files import replacing
@@ -22,6 +21,7 @@ from .hf.plain import DTYPES, PlainAdapter
 from .pretrained import load_model, load_tokenizer, locate
 from .recipe import RecipeError
 from .runs import RunError, RunFolder
+from .training import completed, task_of
 
 FORMATS = ("lora", "merged", "gguf-ready", "diffusers")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -233,8 +233,8 @@ def _base_model(source: Path, adapter: PlainAdapter, base: str | None) -> tuple[
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     try:
         if _is_run(run):
-            recipe = RunFolder(run).read_recipe()
-            task = tasks.get(recipe.task)(recipe.data.label_names, recipe.data.label)
+            recipe = completed(RunFolder(run).read_recipe())
+            task = task_of(recipe)
             tokenizer = load_tokenizer(base or recipe.model, recipe.data.max_length)
             return load_model(base or recipe.model, task, tokenizer), tokenizer
         name = base or adapter.config.base_model_name_or_path

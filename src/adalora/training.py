@@ -9,19 +9,18 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -32,15 +31,17 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from . import AdaLoraCallback, AdaLoraConfig, allocator, export_lora, get_peft_model, last_checkpoint, ranks, tasks
+from . import methods, tasks
 from .core.errors import AdaLoraError
 from .data import DataError, digest, has_splits, read_rows
 from .files import write_json, write_text
-from .pretrained import load_model, load_tokenizer, locate
-from .recipe import Facts, Recipe, RecipeError, differences, dump
+from .methods import Adapted, Job, Method, head_modules
+from .methods.sizes import parse_budget
+from .pretrained import Form, form_of, load_model, load_tokenizer, locate, longest
+from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, dump, validated
 from .report.ranks import draw_ranks, read_trace
-from .runs import Mode, RunError, RunFolder
-from .tasks import Columns, Task
+from .runs import COMPLETE, Mode, RunError, RunFolder
+from .tasks import Task
 
 _PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
 
@@ -61,13 +62,29 @@ class Prepared:
     folder: RunFolder
     task: Task
     tokenizer: Any
-    model: nn.Module  # with its adapter
-    train: Dataset
-    evaluation: Dataset
+    form: Form
+    adapted: Adapted
+    train: Dataset  # features
+    evaluation: Dataset  # rows
+    more_evaluations: dict[str, Dataset]  # rows, by split
     arguments: TrainingArguments
     total_steps: int
-    baseline: tuple[str, dict[str, float]]
+    baseline: tuple[str, dict[str, float]] | None
     checkpoint: Path | None  # to resume from
+    initial_ranks: dict[str, int]  # of each adapted matrix; empty without ranks
+    head_parameters: int  # of the output layer that the task made
+    trainable_parameters: int  # the output layer's included
+    frozen_parameters: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.adapted.model
+
+    @property
+    def schedule(self) -> str:
+        """What will happen to the budget, in words."""
+        return self.adapted.schedule
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -76,16 +93,6 @@ class Prepared:
             return None
         found: dict[str, Any] = json.loads(self.folder.metrics.read_text(encoding="utf-8"))
         return found
-
-    @property
-    def schedule(self) -> str:
-        """The budget's schedule in words."""
-        return allocator(self.model).describe()
-
-    @property
-    def initial_ranks(self) -> dict[str, int]:
-        """Rank of each adapted matrix at the start."""
-        return ranks(self.model)
 
     @property
     def rows_per_step(self) -> int:
@@ -98,28 +105,41 @@ class Prepared:
         """The step of the checkpoint to resume from."""
         return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else None
 
-    @property
-    def trainable_parameters(self) -> int:
-        """Parameters that are trained: the adapter's and the output layer's."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    @property
-    def frozen_parameters(self) -> int:
-        """Parameters that stay as they were pretrained."""
-        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+def completed(recipe: Recipe) -> Recipe:
+    """A copy whose columns and method are spelled out where the recipe leaves them to its task and method.
+
+    Raises:
+        RecipeError: an unknown task or method, or a section that the method does not read.
+    """
+    columns, section = tasks.get(recipe.task).columns, methods.get(recipe.method).section
+    for unused in METHOD_SECTIONS:
+        if unused in recipe.model_fields_set and unused != section:
+            reads = f"reads the section `{section}`" if section else "has no settings"
+            raise RecipeError(f"the section `{unused}` has no meaning for method {recipe.method}, which {reads}")
+    recipe = recipe.model_copy(deep=True, update={section: getattr(recipe, section)} if section else {})
+    data = recipe.data
+    data.text = data.text or columns.text
+    data.text_pair = data.text_pair or columns.text_pair
+    data.label = data.label or columns.label
+    return recipe
 
 
-def columns_of(recipe: Recipe) -> Columns:
-    """The columns that the recipe names."""
-    return Columns(recipe.data.text, recipe.data.text_pair, recipe.data.label)
+def task_of(recipe: Recipe) -> Task:
+    """The task of a completed recipe."""
+    kind, data = tasks.get(recipe.task), recipe.data
+    options = validated(kind.options, recipe.options, f"task {recipe.task}", "options.")
+    assert data.text is not None and data.label is not None and data.max_length is not None  # completed
+    columns = tasks.Columns(data.text, data.text_pair, data.label)
+    return kind(tasks.Setup(columns, data.label_names, data.max_length, options))
 
 
-def read_evaluation_rows(recipe: Recipe, source: str | None = None, split: str | None = None) -> Dataset:
+def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, split: str | None = None) -> Dataset:
     """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked."""
     data = recipe.data
     source = source or data.eval or data.train
     rows = read_rows(source, split or data.eval_split, data.config, data.max_eval_rows)
-    _check(rows, columns_of(recipe), source)
+    task.check(rows, source)
     return rows
 
 
@@ -130,46 +150,68 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     """
     folder = RunFolder(Path(recipe.output).expanduser())
     folder.check_target(mode)
-    columns, data = columns_of(recipe), recipe.data
-    fit = tasks.get(recipe.task).fit
+    recipe = completed(recipe)
+    data, method = recipe.data, methods.get(recipe.method)
+    tokenizer = load_tokenizer(recipe.model, data.max_length)
+    if data.max_length is None:
+        data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
+    task = task_of(recipe)
     if data.eval is None and not has_splits(data.train):
         raise DataError(f"{data.train} is a single file: give the held-out rows in another, data.eval (--eval)")
     train_rows = read_rows(data.train, data.train_split, data.config, data.max_train_rows)
-    _check(train_rows, columns, data.train)
-    task = fit(train_rows, columns, data.label_names)
-    eval_rows = read_evaluation_rows(recipe)
-    targets = np.array(task.targets(eval_rows))
+    task.check(train_rows, data.train)
+    task = task.fit(train_rows)
+    eval_rows = read_evaluation_rows(recipe, task)
+    baseline = task.baseline(eval_rows)
+    more_rows = {split: read_evaluation_rows(recipe, task, split=split) for split in data.more_eval_splits}
 
-    recipe = recipe.model_copy(deep=True)
-    recipe.data.label_names = task.label_names
+    data.label_names = task.label_names
     recipe.facts = Facts(
         train_rows=len(train_rows),
         eval_rows=len(eval_rows),
-        train_digest=digest(train_rows, [*columns.of_text(), columns.label]),
+        train_digest=digest(train_rows, train_rows.column_names),
         versions={name: importlib.import_module(name).__version__ for name in _PACKAGES},
     )
-    if mode == "resume":
-        _check_unchanged(folder, recipe)
-
     arguments = _arguments(recipe, folder)
     set_seed(recipe.seed)  # the new output layer and the adapter start from random numbers
-    tokenizer = load_tokenizer(recipe.model, data.max_length)
-    model = get_peft_model(load_model(recipe.model, task, tokenizer), _adalora_config(recipe))
-    total_steps, steps_per_epoch = _steps(arguments, len(train_rows))
-    allocator(model).plan(total_steps, steps_per_epoch)
+    model = load_model(recipe.model, task, tokenizer)
+    if recipe.budget is not None:
+        recipe = _within_budget(recipe, method, model)
+    if mode == "resume":
+        _check_unchanged(folder, recipe)
+    features = task.features(train_rows, tokenizer, model)
+    total_steps, steps_per_epoch = _steps(arguments, len(features))
+    form = form_of(recipe.model, task)
+    job = Job(
+        recipe=recipe,
+        task_type=form.task_type,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        batches=lambda: _batches(features, task.collator(tokenizer, model), arguments.train_batch_size, recipe.seed),
+        trace=folder.trace,
+    )
+    head = sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
+    adapted = method.adapt(model, job)
+    trained = [p.numel() for p in adapted.model.parameters() if p.requires_grad]
     return Prepared(
         recipe=recipe,
         mode=mode,
         folder=folder,
         task=task,
         tokenizer=tokenizer,
-        model=model,
-        train=features(train_rows, task, columns, tokenizer, data.max_length),
-        evaluation=longest_first(features(eval_rows, task, columns, tokenizer, data.max_length)),
+        form=form,
+        adapted=adapted,
+        train=features,
+        evaluation=eval_rows,
+        more_evaluations=more_rows,
         arguments=arguments,
         total_steps=total_steps,
-        baseline=task.baseline(targets),
-        checkpoint=last_checkpoint(folder.checkpoints) if mode == "resume" else None,
+        baseline=baseline,
+        checkpoint=folder.last_checkpoint() if mode == "resume" else None,
+        initial_ranks=dict(adapted.ranks()),
+        head_parameters=head,
+        trainable_parameters=sum(trained),
+        frozen_parameters=sum(p.numel() for p in adapted.model.parameters() if not p.requires_grad),
     )
 
 
@@ -182,18 +224,20 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         folder.drop_checkpoints(after=prepared.resumed_step)
     write_text(folder.recipe, dump(recipe))
 
-    trainer = _trainer(prepared, callbacks)
+    trainer = _SteadyTrainer(prepared, callbacks)
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
     evaluations = _evaluations(trainer.state, prepared.task)
     if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
         evaluations = _evaluations(trainer.state, prepared.task)
 
-    export_lora(prepared.model, folder.path)
-    draw_ranks(read_trace(folder.trace), folder.picture, f"Learned ranks: {recipe.model} on {recipe.data.train}")
+    prepared.adapted.save(folder.path)
+    if folder.trace.is_file():
+        draw_ranks(read_trace(folder.trace), folder.picture, f"Learned ranks: {recipe.model} on {recipe.data.train}")
     metrics = {
         **_about(prepared),
         "metrics": evaluations[-1]["metrics"],
+        "more_metrics": {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()},
         "evaluations": evaluations,
         "training_loss": outcome.training_loss,
         "steps": trainer.state.global_step,
@@ -203,69 +247,99 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
     return metrics
 
 
-def _trainer(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> Trainer:
-    grouped = prepared.recipe.training.group_by_length
-    trainer = _SteadyTrainer(
-        lengths=[len(tokens) for tokens in prepared.train["input_ids"]] if grouped else None,
-        model=prepared.model,
-        args=prepared.arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.evaluation,
-        data_collator=DataCollatorWithPadding(prepared.tokenizer),
-        compute_metrics=lambda prediction: prepared.task.metrics(_outputs_of(prediction), prediction.label_ids),
-        callbacks=[AdaLoraCallback(trace_path=prepared.folder.trace), _StopWhenNotFinite(), *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
 def _about(prepared: Prepared) -> dict[str, Any]:
-    """What was trained, and what came of its ranks."""
+    """What was trained and how, and what came of it."""
     recipe, folder = prepared.recipe, prepared.folder
-    answer, baseline = prepared.baseline
-    found = ranks(prepared.model)
+    ranks = prepared.adapted.ranks()
+    saved = [file for file in folder.learned if file.suffix == ".safetensors" and file.is_file()]
     return {
         "model": recipe.model,
         "task": recipe.task,
+        "method": recipe.method,
+        "headline": prepared.task.headline,
         "pairs": recipe.data.text_pair is not None,
-        "loading": {"base": locate(recipe.model), "num_labels": prepared.task.head()["num_labels"]},
+        "loading": {
+            "base": locate(recipe.model),
+            "auto_class": prepared.form.auto_class,
+            "head": prepared.task.head(),
+            "peft": (folder.path / "adapter_config.json").is_file(),
+        },
         "versions": recipe.facts.versions if recipe.facts else {},
         "resumed_from_step": prepared.resumed_step,
-        "baseline": {"answer": answer, "metrics": baseline},
-        "initial_triplets": sum(read_trace(folder.trace).initial.values()),
-        "live_triplets": sum(found.values()),
-        "ranks": found,
-        "trainable_parameters": prepared.trainable_parameters,
-        "adapter_bytes": folder.adapter[1].stat().st_size,
+        "baseline": {"answer": prepared.baseline[0], "metrics": prepared.baseline[1]} if prepared.baseline else None,
+        "initial_triplets": sum(prepared.initial_ranks.values()),
+        "live_triplets": sum(ranks.values()),
+        "ranks": ranks,
+        "parameters": {
+            "adapter_start": prepared.trainable_parameters - prepared.head_parameters,
+            "adapter_saved": sum(map(_parameters, saved)) - prepared.head_parameters,
+            "head": prepared.head_parameters,
+            "trainable": prepared.trainable_parameters,
+            "frozen": prepared.frozen_parameters,
+        },
+        "saved_bytes": {file.name: file.stat().st_size for file in saved},
     }
 
 
-def features(rows: Dataset, task: Task, columns: Columns, tokenizer: Any, max_length: int) -> Dataset:
-    """The model's inputs and ``labels`` for each row."""
-    return tasks.tokenize(rows, columns, tokenizer, max_length).add_column("labels", task.targets(rows))
+def _parameters(file: Path) -> int:
+    """Numbers in a safetensors file."""
+    with safe_open(str(file), framework="np") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
-def longest_first(rows: Dataset) -> Dataset:
-    """Rows by falling length, so that a batch holds little padding and the largest one comes first."""
-    lengths = [len(tokens) for tokens in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lambda index: -lengths[index]), keep_in_memory=True)
+def _within_budget(recipe: Recipe, method: Method, model: PreTrainedModel) -> Recipe:
+    assert recipe.budget is not None
+    if not method.takes_budget:
+        raise RecipeError(f"budget: method {recipe.method} has the size that it has: leave the budget out")
+    return method.with_budget(model, recipe, parse_budget(recipe.budget, model, recipe))
+
+
+def _batches(features: Dataset, collate: Any, size: int, seed: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Training batches in an order of their own, for methods that look at data before training."""
+    for batch in features.shuffle(seed=seed).iter(size):
+        yield collate([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
 
 
 class _SteadyTrainer(Trainer):
-    """A Trainer whose training does not depend on when it evaluates, nor on where it was interrupted.
+    """A Trainer that evaluates as ``adalora evaluate`` does, and whose training does not depend on when it evaluates,
+    nor on where it was interrupted.
 
-    ``lengths`` of the training rows: make batches of rows of like length, in an order that the seed and the
-    epoch alone decide. (The stock sampler draws it from the random state of the moment, which a resumed run
-    does not have.)
+    With ``group_by_length``, batches hold rows of like length, in an order that the seed and the epoch alone decide.
+    (The stock sampler draws it from the random state of the moment, which a resumed run does not have.)
     """
 
-    def __init__(self, *, lengths: list[int] | None, **settings: Any) -> None:
-        self._lengths = lengths
-        super().__init__(**settings)
+    def __init__(self, prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> None:
+        grouped = prepared.recipe.training.group_by_length
+        self._lengths = [len(tokens) for tokens in prepared.train["input_ids"]] if grouped else None
+        self._prepared = prepared
+        super().__init__(
+            model=prepared.model,
+            args=prepared.arguments,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.evaluation,
+            data_collator=prepared.task.collator(prepared.tokenizer, prepared.model),  # type: ignore[arg-type]
+            callbacks=[*prepared.adapted.callbacks, _StopWhenNotFinite(), *callbacks, _MarkComplete()],
+        )
+        self.remove_callback(PrinterCallback)
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **settings)
+        """Metrics on the held-out rows, logged as a Trainer does."""
+        metrics = {f"eval_{name}": value for name, value in self.measure(self._prepared.evaluation).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, rows: Dataset) -> dict[str, float]:
+        """Metrics on ``rows``. Leaves the random state and the model's mode as they were."""
+        task, size = self._prepared.task, self.args.eval_batch_size
+        assert self.model is not None
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.random.fork_rng(), self.autocast_smart_context_manager():
+                return task.metrics(task.predict(self.model, self._prepared.tokenizer, rows, size), rows)
+        finally:
+            self.model.train(training)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self._lengths is None:
@@ -304,6 +378,14 @@ class _StopWhenNotFinite(TrainerCallback):
             )
 
 
+class _MarkComplete(TrainerCallback):
+    """The last callback: whatever a checkpoint should hold is in it now."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
 def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     settings = recipe.training.model_dump(exclude={"group_by_length", "eval_steps", "save_steps", "warmup_steps"})
     settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
@@ -328,10 +410,6 @@ def _whole(interval: float | None) -> float | None:
     return interval if interval is None or interval < 1 else int(interval)
 
 
-def _adalora_config(recipe: Recipe) -> AdaLoraConfig:
-    return AdaLoraConfig(task_type="SEQ_CLS", **recipe.adalora.model_dump())
-
-
 def _steps(arguments: TrainingArguments, rows: int) -> tuple[int, int]:
     """Optimizer steps of the run and of an epoch, as the Trainer will count them."""
     batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
@@ -339,11 +417,6 @@ def _steps(arguments: TrainingArguments, rows: int) -> tuple[int, int]:
     if arguments.max_steps > 0:
         return arguments.max_steps, per_epoch
     return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
-
-
-def _check(rows: Dataset, columns: Columns, source: str) -> None:
-    tasks.check_text(rows, columns, source)
-    tasks.check_columns(rows, [columns.label], source)
 
 
 def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:
@@ -355,12 +428,6 @@ def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:
             f"Change it back (adalora train --resume --output {folder.path} takes the run's own recipe), "
             "or start over with --overwrite"
         )
-
-
-def _outputs_of(prediction: EvalPrediction) -> np.ndarray:
-    """The logits; some models return more beside them."""
-    outputs = prediction.predictions
-    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _evaluations(state: TrainerState, task: Task) -> list[dict[str, Any]]:

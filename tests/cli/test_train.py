@@ -150,7 +150,7 @@ def test_any_checkpoint_resumes_to_the_same_bits(adalora: Run, finished: Path, s
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(adalora: Run, finished: Path) -> None:
     interrupted_copy(finished, after=20)
-    Path("run/checkpoints/checkpoint-20/adalora_state.safetensors").unlink()
+    Path("run/checkpoints/checkpoint-20/complete").unlink()
     resumed = adalora("train", "--resume", "--output", "run")
     assert resumed.code == 0 and "after step 16" in resumed.out
     assert adapter_bytes("run") == adapter_bytes(finished)

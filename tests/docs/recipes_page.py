@@ -7,7 +7,16 @@ import typing
 
 from pydantic import BaseModel
 
-from adalora.recipe import TRAIN_TYPE_KEYS, AdaLoraSection, DataSection, Recipe, TrainingSection
+from adalora import methods, tasks
+from adalora.recipe import (
+    TRAIN_TYPE_KEYS,
+    AdaLoraSection,
+    BottleneckSection,
+    DataSection,
+    LoraSection,
+    Recipe,
+    TrainingSection,
+)
 
 INTRODUCTION = """# Recipes
 
@@ -24,6 +33,8 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("`data`", "Which rows, and which of their columns.", DataSection),
     ("`adalora`", "Fields of `AdaLoraConfig`. A length is steps (`500`), a fraction of all steps (`0.1`) or epochs "
      "(`\"2 epochs\"`); the [guide](guide.md) has the rest.", AdaLoraSection),
+    ("`lora`", "Ranks that stay as they are.", LoraSection),
+    ("`bottleneck`", "", BottleneckSection),
     ("`training`", "Fields of Transformers' `TrainingArguments`.", TrainingSection),
 ]  # fmt: skip
 
@@ -75,20 +86,57 @@ def default(section: type[BaseModel], name: str) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def keys(section: type[BaseModel]) -> list[str]:
+    rows = ["| key | value | default | meaning |\n|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        if name != "facts":  # written by a run
+            words = field.description or ""
+            rows.append(f"| `{name}` | {kind(field.annotation)} | {default(section, name)} | {words} |")
+    return [*rows, ""]
+
+
+def summary(thing: object) -> str:
+    """The first sentence of a docstring."""
+    return " ".join((thing.__doc__ or "").partition("\n\n")[0].split())
+
+
+def of_tasks() -> list[str]:
+    parts = ["## Tasks\n", "| task | what | columns read | column answered | metrics, the headline first |"]
+    parts.append("|---|---|---|---|---|")
+    for name in tasks.names():
+        task = tasks.get(name)
+        read = ", ".join(f"`{column}`" for column in task.columns.of_text())
+        metrics = ", ".join(sorted(task.metric_names, key=lambda metric: metric != task.headline))
+        parts.append(f"| `{name}` | {summary(task)} | {read} | `{task.columns.label}` | {metrics} |")
+    parts.append("")
+    owners: dict[type[BaseModel], list[str]] = {}
+    for name in tasks.names():
+        if tasks.get(name).options.model_fields:
+            owners.setdefault(tasks.get(name).options, []).append(f"`{name}`")
+    for options, names in owners.items():
+        parts.append(f"### `options` of {', '.join(names)}\n")
+        parts.extend(keys(options))
+    return parts
+
+
+def of_methods() -> list[str]:
+    parts = ["## Methods\n", "| method | what | section | takes a budget |\n|---|---|---|---|"]
+    for name in methods.names():
+        method = methods.get(name)
+        section = f"`{method.section}`" if method.section else "–"
+        parts.append(f"| `{name}` | {summary(method)} | {section} | {'yes' if method.takes_budget else 'no'} |")
+    return [*parts, ""]
+
+
 def page() -> str:
     parts = [INTRODUCTION]
     for title, words, section in SECTIONS:
         parts.append(f"## {title}\n")
         if words:
             parts.append(f"{words}\n")
-        parts.append("| key | value | default | meaning |\n|---|---|---|---|")
-        for name, field in section.model_fields.items():
-            if name == "facts":
-                continue  # written by a run
-            parts.append(
-                f"| `{name}` | {kind(field.annotation)} | {default(section, name)} | {field.description or ''} |"
-            )
-        parts.append("")
+        parts.extend(keys(section))
+    parts.extend(of_tasks())
+    parts.extend(of_methods())
     parts.append(TRAIN_TYPE)
     for key, value in TRAIN_TYPE_KEYS.items():
         parts.append(f"| `{key}` | `{value}` | `adalora.{key.removeprefix('adalora_')}` |")

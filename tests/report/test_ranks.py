@@ -88,5 +88,5 @@ def test_the_table_turns_where_the_terminal_is_narrow(layers: int, corner: str) 
 
 
 def test_a_metric_that_is_not_defined_says_so() -> None:
-    table = metric_table({"pearson": 0.5}, {"pearson": None}, "always 2")
+    table = metric_table({"pearson": 0.5}, {"pearson": None}, "always 2", "adalora")
     assert [list(column.cells) for column in table.columns] == [["pearson"], ["0.500"], ["undefined"]]

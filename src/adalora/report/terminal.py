@@ -24,11 +24,23 @@ _EXAMPLE = {
     True: '--text "A man sings." --text-pair "Someone sings."',
 }
 
-_LOADING = """\
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
-model = PeftModel.from_pretrained(base, {folder!r})"""
+
+def _loading(folder: Path, loading: Mapping[str, Any]) -> list[str]:
+    """How anyone loads what was learned, without us. Empty where it takes the method's own code."""
+    name, base = loading["auto_class"], Path(loading["base"])
+    labels = loading["head"].get("num_labels")
+    if not loading["peft"]:
+        whole = (folder / "config.json").is_file()
+        load = f"model = {name}.from_pretrained({str(folder)!r})"
+        return [f"from transformers import {name}", load] if whole else []
+    place = f"{str(base.parent)!r}, gguf_file={base.name!r}" if base.suffix == ".gguf" else repr(str(base))
+    head = f", num_labels={labels}" if labels else ""
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {name}",
+        f"base = {name}.from_pretrained({place}{head})",
+        f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+    ]
 
 
 def number(value: float | None) -> str:
@@ -55,29 +67,36 @@ def print_lines(out: Console, lines: Mapping[str, str]) -> None:
 def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
     """What ``metrics.json`` says, and what to do next."""
     ranks: dict[str, int] = metrics["ranks"]
-    live, matrices = metrics["live_triplets"], len(ranks)
     out.print()
-    out.print(f"Learned ranks: {live} of {metrics['initial_triplets']} triplets live, {_average(live, matrices)}")
-    out.print(rank_table(ranks, out.width))
-    out.print(metric_table(metrics["metrics"], metrics["baseline"]["metrics"], metrics["baseline"]["answer"]))
+    if ranks:
+        live = metrics["live_triplets"]
+        moved = f"{live} of {metrics['initial_triplets']} triplets live, {_average(live, len(ranks))}"
+        out.print(
+            f"Learned ranks: {moved}" if metrics["initial_triplets"] != live else f"Ranks: {_average(live, len(ranks))}"
+        )
+        out.print(rank_table(ranks, out.width))
+    baseline = metrics["baseline"] or {"metrics": {}, "answer": ""}
+    out.print(metric_table(metrics["metrics"], baseline["metrics"], baseline["answer"], metrics["method"]))
     minutes, seconds = divmod(round(metrics["seconds"]), 60)
     out.print(f"Trained in {minutes} min {seconds} s. In {folder}:")
-    print_lines(
-        out,
-        {
-            "  adapter_model.safetensors": f"the adapter, plain LoRA, {metrics['adapter_bytes'] / 1e3:,.0f} kB",
-            "  ranks.png": "a picture of the learned ranks",
-            "  metrics.json, trace.jsonl": "the figures above, and each allocation on the way",
-            "  recipe.yaml": "what was run, with every setting",
-        },
-    )
+    loading = _loading(folder, metrics["loading"])
+    form = "plain LoRA" if metrics["loading"]["peft"] else "what was trained"
+    files = {name: f"{form}, {size / 1e3:,.0f} kB" for name, size in metrics["saved_bytes"].items()}
+    if (folder / "trace.jsonl").is_file():
+        files["ranks.png"] = "a picture of the learned ranks"
+        files["metrics.json, trace.jsonl"] = "the figures above, and each allocation on the way"
+    else:
+        files["metrics.json"] = "the figures above"
+    files["recipe.yaml"] = "what was run, with every setting"
+    print_lines(out, {f"  {name}": text for name, text in files.items()})
     place = shlex.quote(str(folder))
     out.print("Next:")
     out.print(f"  {_program()} evaluate {place}", soft_wrap=True)
     out.print(f"  {_program()} predict {place} {_EXAMPLE[metrics['pairs']]}", soft_wrap=True)
-    out.print("or anywhere, with PEFT alone:")
-    for line in _LOADING.format(folder=str(folder), **metrics["loading"]).splitlines():
-        out.print(f"  {line}", soft_wrap=True, markup=False)
+    if loading:
+        out.print(f"or anywhere, with {'PEFT' if metrics['loading']['peft'] else 'Transformers'} alone:")
+        for line in loading:
+            out.print(f"  {line}", soft_wrap=True, markup=False)
 
 
 def _program() -> str:
@@ -93,10 +112,10 @@ def _average(live: int, matrices: int) -> str:
     return f"{live} = {whole} x {matrices} matrices" if rest == 0 else f"{live / matrices:.2f} on average"
 
 
-def answer_table(texts: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> Table:
+def answer_table(texts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> Table:
     """Each text with what the model says about it."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    columns = [name for name in answers[0] if name != "scores"] if answers else []
+    columns = [name for name, value in answers[0].items() if not isinstance(value, dict | list)] if answers else []
     for name in columns:
         table.add_column(name, justify="left" if name == "label" else "right")
     for name in texts[0] if texts else ():
@@ -104,7 +123,7 @@ def answer_table(texts: Sequence[Mapping[str, str]], answers: Sequence[Mapping[s
     for text, answer in zip(texts, answers, strict=True):
         shown = [answer[name] for name in columns]
         cells = [number(value) if isinstance(value, float) else str(value) for value in shown]
-        table.add_row(*map(Text, cells), *map(Text, text.values()))
+        table.add_row(*map(Text, cells), *(Text(str(value)) for value in text.values()))
     return table
 
 
@@ -115,14 +134,17 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Table:
     return _table(grid, "module") if needed <= width else _table(_turned(grid), "layer")
 
 
-def metric_table(metrics: Mapping[str, float | None], baseline: Mapping[str, float | None], answer: str) -> Table:
-    """Each metric beside the one that a constant answer reaches."""
+def metric_table(
+    metrics: Mapping[str, float | None], baseline: Mapping[str, float | None], answer: str, method: str
+) -> Table:
+    """Each metric, beside the one that an answer without a model reaches, where there is one."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("held-out")
-    table.add_column("AdaLoRA", justify="right", style="bold")
-    table.add_column(f"baseline ({answer})", justify="right")
+    table.add_column("AdaLoRA" if method == "adalora" else method, justify="right", style="bold")
+    if baseline:
+        table.add_column(Text(f"baseline ({answer})"), justify="right")
     for name, value in metrics.items():
-        table.add_row(name, number(value), number(baseline.get(name)))
+        table.add_row(name, number(value), *([number(baseline.get(name))] if baseline else []))
     return table
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import Columns, Task, check_columns, check_text, get, names, tokenize
+from .base import Answer, Columns, ModelKind, Options, Setup, Task, get, names
 
-__all__ = ["Columns", "Task", "check_columns", "check_text", "get", "names", "tokenize"]
+__all__ = ["Answer", "Columns", "ModelKind", "Options", "Setup", "Task", "get", "names"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -2,96 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from ..data import DataError
-from .base import Columns, register
+from ..recipe import RecipeError
+from .base import (
+    Answer,
+    Columns,
+    ModelKind,
+    Options,
+    Setup,
+    check_columns,
+    check_text,
+    logits,
+    register,
+    text_rows,
+    tokenize,
+)
 
 
 @register("classification")
-@dataclass(frozen=True)
 class Classification:
     """Accuracy, macro-averaged F1 and Matthews correlation over named classes."""
 
+    kind: ClassVar[ModelKind] = "sequence classification"
+    columns: ClassVar[Columns] = Columns("text", None, "label")
+    max_length: ClassVar[int] = 128
+    options: ClassVar[type[Options]] = Options
     headline: ClassVar[str] = "accuracy"
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
-    label_names: list[str]
-    column: str
+
+    label_names: list[str] | None
+    """``data.label_names``, or what ``fit`` found."""
     trained: frozenset[str] | None = None
     """The classes that training rows had; None, of a task that is only evaluated: all of ``label_names``."""
 
-    @classmethod
-    def fit(cls, rows: Dataset, columns: Columns, label_names: Sequence[str] | None) -> Self:
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.label_names = setup.label_names
+        if len(set(setup.label_names or ())) != len(setup.label_names or ()):
+            raise RecipeError(f"data.label_names names a class twice: {', '.join(setup.label_names or ())}")
+
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
+        """The text columns hold text, the label column something in every row."""
+        check_text(rows, self.setup.columns.of_text(), source)
+        if with_targets:
+            check_columns(rows, [self.setup.columns.label], source)
+
+    def fit(self, rows: Dataset) -> Self:
         """The classes are ``label_names``, else those that the column declares, else those that occur."""
-        values = _as_names(rows, columns.label)
-        present = _in_order(set(values))
+        column = self.setup.columns.label
+        present = _in_order(set(_as_names(rows, column)))
         if len(present) < 2:
-            raise DataError(f"column {columns.label!r} holds only the class {present[0]!r}: training needs two or more")
-        feature = rows.features[columns.label]
+            raise DataError(f"column {column!r} holds only the class {present[0]!r}: training needs two or more")
+        feature = rows.features[column]
         declared = feature.names if isinstance(feature, ClassLabel) else present
-        task = cls(list(label_names or declared), columns.label, frozenset(present))
-        if len(set(task.label_names)) != len(task.label_names):
-            raise DataError(f"label_names names a class twice: {', '.join(task.label_names)}")
-        outside = _in_order(set(present) - set(task.label_names))
+        task = type(self)(replace(self.setup, label_names=list(self.label_names or declared)))
+        task.trained = frozenset(present)
+        outside = _in_order(set(present) - set(task._names))
         if outside:
-            names = _listed(task.label_names)
-            raise DataError(f"column {columns.label!r} holds {_listed(outside)}, not among data.label_names: {names}")
+            names = _listed(task._names)
+            raise DataError(f"column {column!r} holds {_listed(outside)}, not among data.label_names: {names}")
         return task
 
     def head(self) -> dict[str, Any]:
         """One output for each class."""
         return {
-            "num_labels": len(self.label_names),
-            "id2label": dict(enumerate(self.label_names)),
-            "label2id": {name: index for index, name in enumerate(self.label_names)},
+            "num_labels": len(self._names),
+            "id2label": dict(enumerate(self._names)),
+            "label2id": {name: index for index, name in enumerate(self._names)},
             "problem_type": "single_label_classification",
         }
 
+    def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
+        """Tokens, and the index of the class."""
+        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows))
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        """Pad to the longest row of the batch."""
+        return DataCollatorWithPadding(tokenizer)
+
+    def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
+        """The most probable class, its probability, and the probability of each class."""
+        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
+        return [self._answer(softmax(row.astype(np.float64))) for row in outputs]
+
+    def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
+        """Metrics of the most probable class."""
+        index = self._index
+        return self.scores(np.array([index[answer["label"]] for answer in answers]), np.array(self.targets(rows)))
+
+    def scores(self, predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Metrics of predicted classes, [rows], by index."""
+        return {
+            "accuracy": float(accuracy_score(targets, predicted)),
+            "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(targets, predicted)),
+        }
+
+    def baseline(self, rows: Dataset) -> tuple[str, dict[str, float]]:
+        """Always answering the most frequent class."""
+        targets = np.array(self.targets(rows))
+        majority = np.bincount(targets).argmax()
+        return f"always {self._names[majority]!r}", self.scores(np.full_like(targets, majority), targets)
+
+    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
+        """The texts in the columns that the task reads."""
+        return text_rows(self.setup.columns, texts, pairs)
+
     def targets(self, rows: Dataset) -> list[int]:
         """Index of each row's class; DataError on a class that was not there in training."""
-        index = {name: position for position, name in enumerate(self.label_names)}
-        values = _as_names(rows, self.column)
-        known = [name for name in self.label_names if self.trained is None or name in self.trained]
+        values = _as_names(rows, self.setup.columns.label)
+        known = [name for name in self._names if self.trained is None or name in self.trained]
         unknown = _in_order(set(values) - set(known))
         if unknown:
             raise DataError(
-                f"column {self.column!r} holds {_listed(unknown)}, not among the classes trained on: {_listed(known)}"
+                f"column {self.setup.columns.label!r} holds {_listed(unknown)}, "
+                f"not among the classes trained on: {_listed(known)}"
             )
+        index = self._index
         return [index[value] for value in values]
 
-    def metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Metrics of the most probable class."""
-        return _metrics(outputs.argmax(axis=-1), targets)
+    @property
+    def _names(self) -> list[str]:
+        return self.label_names or []
 
-    def baseline(self, targets: np.ndarray) -> tuple[str, dict[str, float]]:
-        """Always answering the most frequent class of ``targets``."""
-        majority = np.bincount(targets).argmax()
-        return f"always {self.label_names[majority]!r}", _metrics(np.full_like(targets, majority), targets)
+    @property
+    def _index(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self._names)}
 
-    def answers(self, outputs: np.ndarray) -> list[dict[str, Any]]:
-        """The most probable class, its probability, and the probability of each class."""
-        return [self._answer(row) for row in softmax(outputs.astype(np.float64), axis=-1)]
+    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
 
-    def _answer(self, probabilities: np.ndarray) -> dict[str, Any]:
+    def _answer(self, probabilities: np.ndarray) -> Answer:
         best = int(probabilities.argmax())
-        scores = dict(zip(self.label_names, probabilities.tolist(), strict=True))
-        return {"label": self.label_names[best], "score": float(probabilities[best]), "scores": scores}
-
-
-def _metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    return {
-        "accuracy": float(accuracy_score(targets, predicted)),
-        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
-        "mcc": float(matthews_corrcoef(targets, predicted)),
-    }
+        scores = dict(zip(self._names, probabilities.tolist(), strict=True))
+        return {"label": self._names[best], "score": float(probabilities[best]), "scores": scores}
 
 
 def _as_names(rows: Dataset, column: str) -> list[str]:

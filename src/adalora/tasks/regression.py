@@ -3,67 +3,109 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from scipy.stats import pearsonr, spearmanr
+from torch import nn
+from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from ..data import DataError
 from ..recipe import RecipeError
-from .base import Columns, register
+from .base import (
+    Answer,
+    Columns,
+    ModelKind,
+    Options,
+    Setup,
+    check_columns,
+    check_text,
+    logits,
+    register,
+    text_rows,
+    tokenize,
+)
 
 
 @register("regression")
-@dataclass(frozen=True)
 class Regression:
     """Pearson and Spearman correlation, and mean squared error."""
 
+    kind: ClassVar[ModelKind] = "sequence classification"
+    columns: ClassVar[Columns] = Columns("text", None, "label")
+    max_length: ClassVar[int] = 128
+    options: ClassVar[type[Options]] = Options
     headline: ClassVar[str] = "pearson"
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
-    label_names: list[str] | None
-    column: str
 
-    @classmethod
-    def fit(cls, rows: Dataset, columns: Columns, label_names: Sequence[str] | None) -> Self:
+    label_names: list[str] | None = None
+
+    def __init__(self, setup: Setup) -> None:
+        if setup.label_names is not None:
+            raise RecipeError("data.label_names has no meaning for numbers: leave it out, or use task classification")
+        self.setup = setup
+
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
+        """The text columns hold text, the label column something in every row."""
+        check_text(rows, self.setup.columns.of_text(), source)
+        if with_targets:
+            check_columns(rows, [self.setup.columns.label], source)
+
+    def fit(self, rows: Dataset) -> Self:
         """Check that there are numbers to learn."""
-        if label_names is not None:
-            raise RecipeError("data.label_names has no meaning in task regression: leave it out, or use classification")
-        task = cls(None, columns.label)
-        values = task.targets(rows)
+        values = self.targets(rows)
         if len(set(values)) < 2:
-            raise DataError(f"column {columns.label!r} holds one value only, {values[0]}: there is nothing to learn")
-        return task
+            column = self.setup.columns.label
+            raise DataError(f"column {column!r} holds one value only, {values[0]}: there is nothing to learn")
+        return self
 
     def head(self) -> dict[str, Any]:
         """One output, trained with the squared error."""
         return {"num_labels": 1, "problem_type": "regression"}
 
+    def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
+        """Tokens, and the number."""
+        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows))
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        """Pad to the longest row of the batch."""
+        return DataCollatorWithPadding(tokenizer)
+
+    def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
+        """The number for each row."""
+        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
+        return [{"value": float(row.item())} for row in outputs]
+
+    def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
+        """Metrics of the one output. A correlation with a constant is not defined."""
+        return _metrics(np.array([answer["value"] for answer in answers]), np.array(self.targets(rows)))
+
+    def baseline(self, rows: Dataset) -> tuple[str, dict[str, float]]:
+        """Always answering the mean."""
+        targets = np.array(self.targets(rows))
+        mean = float(np.mean(targets))
+        return f"always {mean:.3g}", _metrics(np.full(len(targets), mean), targets)
+
+    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
+        """The texts in the columns that the task reads."""
+        return text_rows(self.setup.columns, texts, pairs)
+
     def targets(self, rows: Dataset) -> list[float]:
         """The number in each row; DataError on anything else."""
-        if isinstance(rows.features[self.column], ClassLabel):
-            raise DataError(f"column {self.column!r} holds classes, not numbers: use task classification")
-        values = rows[self.column]
+        column = self.setup.columns.label
+        if isinstance(rows.features[column], ClassLabel):
+            raise DataError(f"column {column!r} holds classes, not numbers: use task classification")
+        values = rows[column]
         for index, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise DataError(f"column {self.column!r} should hold numbers; row {index + 1} has {value!r}")
+                raise DataError(f"column {column!r} should hold numbers; row {index + 1} has {value!r}")
         return [float(value) for value in values]
 
-    def metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Metrics of the one output. A correlation with a constant is not defined."""
-        return _metrics(outputs.reshape(len(targets)).astype(np.float64), targets.astype(np.float64))
-
-    def baseline(self, targets: np.ndarray) -> tuple[str, dict[str, float]]:
-        """Always answering the mean of ``targets``."""
-        mean = float(np.mean(targets, dtype=np.float64))
-        return f"always {mean:.3g}", _metrics(np.full(len(targets), mean), targets.astype(np.float64))
-
-    def answers(self, outputs: np.ndarray) -> list[dict[str, Any]]:
-        """The number for each row."""
-        return [{"value": float(value)} for value in outputs.reshape(len(outputs))]
+    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
 
 
 def _metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
