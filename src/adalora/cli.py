@@ -1,4 +1,4 @@
-"""The command line: ``adalora train | evaluate | predict | export | convert``.
+"""The command line: ``adalora train | evaluate | predict | bench | export | convert``.
 
 Everything heavy is imported inside the commands, so that help is quick and needs no extra. Every mistake of a user
 ends in one message on stderr and exit code 2, a failure at run time in exit code 1; ADALORA_DEBUG=1 shows tracebacks.
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from .serving import Exported
     from .training import Prepared
 
-_EXTRA_OF = dict.fromkeys(
-    ("accelerate", "datasets", "matplotlib", "pydantic", "rich", "scipy", "sklearn", "yaml"), "train"
-)
+_TRAIN = "accelerate datasets matplotlib pydantic rich rouge_score sacrebleu scipy seqeval sklearn yaml"
+_EXTRA_OF = {**dict.fromkeys(_TRAIN.split(), "train"), "ray": "ray"}
 
 app = typer.Typer(
     name="adalora",
@@ -181,6 +180,32 @@ def predict(
             typer.echo(to_json({**row, **answer}))
         return
     console().print(answer_table(given, answers))
+
+
+@app.command()
+def bench(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Tasks, methods, budgets, learning rates, seeds.")],
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on this Ray cluster; local: start one here.", show_default=False),
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run broken cells again.")] = False,
+) -> None:
+    """Compare methods on tasks at equal parameters, by a GRID, and write tables and pictures.
+
+    One cell is one process and one folder. Finished cells are never run again, so the same command goes on after an
+    interruption, and draws the tables anew.
+    """
+    _quieten()
+    from .bench.runner import run_bench
+    from .report.terminal import console
+
+    try:
+        run_bench(grid, workers, ray, retry, console())
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on: finished cells are not run again.", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()

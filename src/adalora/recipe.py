@@ -59,11 +59,14 @@ class DataSection(_Section):
     """Where the rows come from and which columns matter."""
 
     train: str = Field(
-        description="Training rows: a CSV, TSV, JSON lines or Parquet file, a folder saved with save_to_disk, "
-        f"the name of a data set on the hub, or {DEMO_REVIEWS}."
+        description="Training rows: a CSV, TSV, JSON lines, Parquet or CoNLL file, a folder saved with save_to_disk or "
+        "laid out as on the hub, the name of a data set on the hub, or "
+        f"{DEMO_REVIEWS}. `${{VARIABLES}}` of the environment are filled in."
     )
     eval: str | None = Field(None, description="Held-out rows, as `train`. Default: another split of `train`.")
-    config: str | None = Field(None, description="Configuration of a hub data set, such as sst2 of glue.")
+    config: str | None = Field(
+        None, description="Configuration of a hub data set, such as sst2 of glue, or a folder inside a local one."
+    )
     train_split: str = Field("train", description="Split to train on, where the source has splits.")
     eval_split: str = Field("validation", description="Split to evaluate on, where the source has splits.")
     more_eval_splits: list[str] = Field([], description="Further splits to measure when training is done.")

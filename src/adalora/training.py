@@ -157,7 +157,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
     task = task_of(recipe)
     if data.eval is None and not has_splits(data.train):
-        raise DataError(f"{data.train} is a single file: give the held-out rows in another, data.eval (--eval)")
+        raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
     train_rows = read_rows(data.train, data.train_split, data.config, data.max_train_rows)
     task.check(train_rows, data.train)
     task = task.fit(train_rows)

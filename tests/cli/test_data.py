@@ -32,7 +32,7 @@ def test_every_kind_of_source_gives_the_same_rows(rows: Dataset, suffix: str, tm
     }[suffix]()
     read = read_rows(str(path), "train")
     assert read.to_dict() == ROWS
-    assert has_splits(str(path)) == path.is_dir()
+    assert has_splits(str(path)) == (suffix == "splits")
     if suffix in {"parquet", "folder", "splits"}:
         assert read.features == rows.features
 
@@ -62,14 +62,117 @@ def test_a_sample_is_fixed(tmp_path: Path) -> None:
     assert first == second and len(set(first)) == 10 and first != [f"row {index}" for index in range(10)]
 
 
+def hub_layout(rows: Dataset, folder: Path) -> Path:
+    """A folder as on the hub: two configurations; the first one's training rows are in two files in ``data``."""
+    for name in ("first/data", "second"):
+        (folder / name).mkdir(parents=True)
+    rows.select([0, 1]).to_parquet(folder / "first/data/train-00000-of-00002.parquet")
+    rows.select([2]).to_parquet(folder / "first/data/train-00001-of-00002.parquet")
+    rows.select([1]).to_parquet(folder / "first/data/validation_matched-00000-of-00001-0123abcd.parquet")
+    rows.select([2]).to_parquet(folder / "second/train-00000-of-00001.parquet")
+    return folder
+
+
+def test_a_folder_in_the_hubs_layout(rows: Dataset, tmp_path: Path) -> None:
+    folder = hub_layout(rows, tmp_path / "rows")
+    train = read_rows(str(folder / "first"), "train")
+    assert train.to_dict() == ROWS and train.features == rows.features
+    assert read_rows(str(folder), "train", config="second")["text"][:] == ["null"]
+    assert read_rows(str(folder), "validation_matched", config="first")["text"][:] == ["NA"]
+    assert has_splits(str(folder / "first"))
+    with pytest.raises(DataError, match="no split 'validation': it has train, validation_matched"):
+        read_rows(str(folder / "first"), "validation")
+
+
+def test_only_the_split_that_is_asked_for_is_read(rows: Dataset, tmp_path: Path) -> None:
+    folder = hub_layout(rows, tmp_path / "rows")
+    (folder / "second/test-00000-of-00001.parquet").write_bytes(b"not parquet")
+    assert len(read_rows(str(folder / "second"), "train")) == 1
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet could not be read as PARQUET"):
+        read_rows(str(folder / "second"), "test")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00002.csv"], "should have 2 files of the split 'train', it has train-00000-of-00002.csv"),
+        (["train-00000-of-00001.csv", "data/train-00000-of-00001.csv"], "should have 1 files"),
+        (["train.csv", "train.tsv"], r"the split 'train' more than once \(train.csv, train.tsv\)"),
+    ],
+)
+def test_files_of_a_split_are_all_there_and_once(tmp_path: Path, names: list[str], message: str) -> None:
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "rows" / name).write_text("text\na\n")
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / "rows"), "train")
+
+
+def test_files_of_a_split_have_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train-00000-of-00002.csv").write_text("text\na\n")
+    (tmp_path / "rows" / "train-00001-of-00002.csv").write_text("text\n1\n")
+    with pytest.raises(DataError, match=r"files of the split 'train' in .* have different columns"):
+        read_rows(str(tmp_path / "rows"), "train")
+
+
+@pytest.mark.parametrize("source", ["${ROWS_OF_MINE}/rows.csv", "$ROWS_OF_MINE/rows.csv"])
+def test_environment_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    monkeypatch.delenv("ROWS_OF_MINE", raising=False)
+    with pytest.raises(DataError, match="needs the environment variable ROWS_OF_MINE, which is not set"):
+        read_rows(source, "train")
+    monkeypatch.setenv("ROWS_OF_MINE", str(tmp_path))
+    assert read_rows(source, "train")["text"][:] == ["a"] and not has_splits(source)
+    with pytest.raises(DataError, match=rf"no data at \$ROWS_OF_MINE/other \({tmp_path}/other\)"):
+        read_rows("$ROWS_OF_MINE/other", "train")
+
+
+CONLL = """-DOCSTART- -X- -X- O
+
+EU NNP B-NP B-ORG
+rejects VBZ B-VP O
+
+Peter NNP B-NP B-PER
+"""
+
+
+@pytest.mark.parametrize("text", [CONLL, CONLL.replace(" ", "\t"), CONLL.replace("\n", "\r\n")])
+def test_sentences_of_conll(tmp_path: Path, text: str) -> None:
+    """Blocks between empty lines; the first column is the word, the last one its tag."""
+    path = tmp_path / "rows.conll"
+    path.write_bytes(text.encode())
+    expected = {"tokens": [["EU", "rejects"], ["Peter"]], "ner_tags": [["B-ORG", "O"], ["B-PER"]]}
+    assert read_rows(str(path), "train").to_dict() == expected
+
+
+LATIN = "caf\u00e9".encode("latin-1")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("rows.xlsx", b"x", "of no known kind"),
-        ("rows.jsonl", b'{"a": 1}\nnot json\n', "could not be read as JSONL"),
-        ("rows.parquet", b"not parquet", "could not be read as PARQUET"),
-        ("rows.csv", b"", "is empty"),
+        ("rows.parquet", b"not parquet", "rows.parquet could not be read as PARQUET"),
+        ("rows.csv", b"", "rows.csv is empty"),
         ("rows.csv", b"text,label\n", "has no rows"),
+        ("rows.conll", b"-DOCSTART- -X- O O\n\n", "has no rows"),
+        ("rows.csv", b"text,label\nfine,x\n" + LATIN + b",x\n", "rows.csv, line 3, byte 4: 0xe9 is not UTF-8"),
+        ("rows.tsv", b"text\tlabel\n" + LATIN + b"\tx\n", "rows.tsv, line 2, byte 4: 0xe9 is not UTF-8"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "' + LATIN + b'"}\n', "rows.jsonl, line 2, byte 14: 0xe9 is not"),
+        ("rows.conll", b"a O\n" + LATIN + b" O\n", "rows.conll, line 2, byte 4: 0xe9 is not UTF-8"),
+        ("rows.csv", b'text,label\n"a\nb",x\nb,c,y\n', r"line 4: 3 fields, but the header has 2 \(text, label\)"),
+        ("rows.csv", b"text,label\na,b,x\nc,d,y\n", "rows.csv, line 2: 3 fields, but the header has 2"),
+        ("rows.tsv", b"text\tlabel\na\tx\nb\tc\ty\n", "rows.tsv, line 3: 3 fields"),
+        ("rows.csv", b'text,label\n"a\nb",x\n"c,y\nd,z\n', "rows.csv, line 4: .*is a double quote left open"),
+        ("rows.jsonl", b'{"text": "a"}\n\n{"text": \n', "rows.jsonl, line 3, column 10: not JSON: Expecting value"),
+        ("rows.jsonl", b'{"text": "a"}\nnot json\n', "rows.jsonl, line 2, column 1: not JSON"),
+        ("rows.jsonl", b'{"text": "a"}\n["a"]\n', "rows.jsonl, line 2: expected an object .* it is a list"),
+        ("rows.jsonl", b'"a"\n', "rows.jsonl, line 1: expected an object .* it is a text"),
+        ("rows.json", b'[{"text": "a"},\n{"text" 1}]', "rows.json, line 2, column 9: not JSON"),
+        ("rows.json", b'{"text": "a"}\n{"text" 1}', "rows.json, line 2, column 9: not JSON"),
+        ("rows.json", b'[{"text": "a"}, 7]', "rows.json, row 2: expected an object .* it is a number"),
+        ("rows.conll", b"a O\nb\n", "rows.conll, line 2: expected a word and its tag, there is only 'b'"),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -83,6 +186,14 @@ def test_the_digest_sees_values_and_order_of_the_columns_in_use(rows: Dataset) -
     assert digest(rows, ["text"]) == digest(rows.remove_columns("label"), ["text"])
     assert digest(rows, ["text", "label"]) != digest(rows, ["text"])
     assert digest(rows, ["text"]) != digest(rows.select([1, 0, 2]), ["text"])
+
+
+def test_the_digest_goes_into_lists_and_structures() -> None:
+    def answers(start: int) -> Dataset:
+        return Dataset.from_dict({"id": [0], "answers": [[{"text": ["one", None], "start": start}]]})
+
+    assert digest(answers(3), ["answers"]) == digest(answers(3).remove_columns("id"), ["answers"])
+    assert digest(answers(3), ["answers"]) != digest(answers(4), ["answers"])
 
 
 @pytest.mark.skipif(find_spec("scattertext") is None, reason="package scattertext of the demo extra is not installed")

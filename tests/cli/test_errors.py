@@ -95,7 +95,7 @@ GOOD_ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ("text,label\na,x\nb,x\n", "text,label\na,x\n", ["only the class 'x'"]),
         ("text,label\na,0.5\nb,1.5\n", "text,label\na,0.5\n", ["use task regression"]),
         ("text,label\n1,x\n2,y\n", "text,label\n1,x\n", ["should hold text"]),
-        ("text,label\na,x\nb,y,z,w\n", "text,label\na,x\n", ["could not be read as CSV"]),
+        ("text,label\na,x\nb,y,z,w\n", "text,label\na,x\n", ["train.csv, line 3: 4 fields, but the header has 2"]),
     ],
 )
 def test_data_that_cannot_be_used(adalora: Run, tiny_model: Path, train: str, held_out: str, words: list[str]) -> None:

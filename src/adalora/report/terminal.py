@@ -115,16 +115,25 @@ def _average(live: int, matrices: int) -> str:
 def answer_table(texts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> Table:
     """Each text with what the model says about it."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    columns = [name for name, value in answers[0].items() if not isinstance(value, dict | list)] if answers else []
+    columns = [name for name, value in answers[0].items() if not isinstance(value, dict)] if answers else []
     for name in columns:
         table.add_column(name, justify="left" if name == "label" else "right")
     for name in texts[0] if texts else ():
         table.add_column(name)
     for text, answer in zip(texts, answers, strict=True):
-        shown = [answer[name] for name in columns]
-        cells = [number(value) if isinstance(value, float) else str(value) for value in shown]
-        table.add_row(*map(Text, cells), *(Text(str(value)) for value in text.values()))
+        cells = [*(answer[name] for name in columns), *text.values()]
+        table.add_row(*(Text(_shown(cell)) for cell in cells))
     return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "–"
+    if isinstance(value, dict):
+        return " ".join(map(_shown, value.values()))
+    return str(value)
 
 
 def rank_table(ranks: Mapping[str, int], width: int) -> Table:

@@ -163,15 +163,19 @@ def check_columns(rows: Dataset, wanted: Sequence[str], source: str) -> None:
 
 
 def check_text(rows: Dataset, columns: Sequence[str], source: str) -> None:
-    """DataError unless the columns are there, hold text, and every row has some in each."""
+    """DataError unless the columns are there, hold text, and every row has some in one of them."""
     check_columns(rows, columns, source)
     for column in columns:
-        kind = getattr(rows.features[column], "dtype", "a list")
+        kind = getattr(rows.features[column], "dtype", None)
         if kind not in {"string", "large_string"}:
-            raise DataError(f"column {column!r} of {source} should hold text, it holds {kind}")
-        blank = next((index for index, text in enumerate(rows[column]) if not text.strip()), None)
-        if blank is not None:
-            raise DataError(f"column {column!r} of {source} has no text in row {blank + 1}: fill it in or leave it out")
+            found = ((index, value) for index, value in enumerate(rows[column]) if not isinstance(value, str))
+            row, value = next(found, (0, kind))
+            raise DataError(f"column {column!r} of {source} should hold text; row {row + 1} has {value!r}")
+    texts = zip(*(rows[column] for column in columns), strict=True)
+    blank = next((index for index, row in enumerate(texts) if not any(text.strip() for text in row)), None)
+    if blank is not None:
+        names = ", ".join(map(repr, columns))
+        raise DataError(f"column {names} of {source} has no text in row {blank + 1}: fill it in or leave it out")
 
 
 def text_rows(columns: Columns, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:

@@ -62,17 +62,17 @@ class Classification:
     def fit(self, rows: Dataset) -> Self:
         """The classes are ``label_names``, else those that the column declares, else those that occur."""
         column = self.setup.columns.label
-        present = _in_order(set(_as_names(rows, column)))
+        present = in_order(set(_as_names(rows, column)))
         if len(present) < 2:
             raise DataError(f"column {column!r} holds only the class {present[0]!r}: training needs two or more")
         feature = rows.features[column]
         declared = feature.names if isinstance(feature, ClassLabel) else present
         task = type(self)(replace(self.setup, label_names=list(self.label_names or declared)))
         task.trained = frozenset(present)
-        outside = _in_order(set(present) - set(task._names))
+        outside = in_order(set(present) - set(task._names))
         if outside:
-            names = _listed(task._names)
-            raise DataError(f"column {column!r} holds {_listed(outside)}, not among data.label_names: {names}")
+            names = listed(task._names)
+            raise DataError(f"column {column!r} holds {listed(outside)}, not among data.label_names: {names}")
         return task
 
     def head(self) -> dict[str, Any]:
@@ -124,11 +124,11 @@ class Classification:
         """Index of each row's class; DataError on a class that was not there in training."""
         values = _as_names(rows, self.setup.columns.label)
         known = [name for name in self._names if self.trained is None or name in self.trained]
-        unknown = _in_order(set(values) - set(known))
+        unknown = in_order(set(values) - set(known))
         if unknown:
             raise DataError(
-                f"column {self.setup.columns.label!r} holds {_listed(unknown)}, "
-                f"not among the classes trained on: {_listed(known)}"
+                f"column {self.setup.columns.label!r} holds {listed(unknown)}, "
+                f"not among the classes trained on: {listed(known)}"
             )
         index = self._index
         return [index[value] for value in values]
@@ -165,13 +165,13 @@ def _as_names(rows: Dataset, column: str) -> list[str]:
     return [str(int(value)) if isinstance(value, float) else str(value) for value in values]
 
 
-def _in_order(classes: set[str]) -> list[str]:
+def in_order(classes: set[str]) -> list[str]:
     """Numbers by value, all else by the alphabet."""
     if all(name.lstrip("-").isdecimal() for name in classes):
         return sorted(classes, key=int)
     return sorted(classes)
 
 
-def _listed(classes: Sequence[str], most: int = 10) -> str:
+def listed(classes: Sequence[str], most: int = 10) -> str:
     shown = ", ".join(map(repr, classes[:most]))
     return shown if len(classes) <= most else f"{shown} and {len(classes) - most} more"

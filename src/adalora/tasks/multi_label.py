@@ -1,0 +1,205 @@
+"""Any number of labels for each text, or pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from pydantic import Field
+from scipy.special import expit
+from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
+from transformers import DataCollatorWithPadding
+from typing_extensions import Self
+
+from ..data import DataError
+from ..recipe import RecipeError
+from .base import (
+    Answer,
+    Columns,
+    ModelKind,
+    Options,
+    Setup,
+    check_columns,
+    check_text,
+    logits,
+    register,
+    text_rows,
+    tokenize,
+)
+from .classification import in_order, listed
+
+
+class MultiLabelOptions(Options):
+    """Settings of the task ``multi_label``."""
+
+    label_columns: list[str] | None = Field(
+        None, min_length=1, description="One column of 0 and 1 for each label, instead of a column of lists."
+    )
+    threshold: float = Field(0.5, gt=0, lt=1, description="A label is answered when its probability is at least this.")
+
+
+@register("multi_label")
+class MultiLabel:
+    """One yes or no for each label, trained with the binary cross-entropy. Micro- and macro-averaged F1, and the share
+    of rows whose labels are all right."""
+
+    kind: ClassVar[ModelKind] = "sequence classification"
+    columns: ClassVar[Columns] = Columns("text", None, "labels")
+    max_length: ClassVar[int] = 128
+    options: ClassVar[type[Options]] = MultiLabelOptions
+    headline: ClassVar[str] = "micro_f1"
+    metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy")
+
+    label_names: list[str] | None
+    """``data.label_names``, or ``options.label_columns``, or what ``fit`` found."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        columns: list[str] | None = setup.options.label_columns
+        names = setup.label_names or columns or []
+        if columns is not None and names != columns:
+            raise RecipeError("data.label_names: with options.label_columns the labels are those columns; leave it out")
+        if len(set(names)) != len(names):
+            raise RecipeError(f"the labels name one of them twice: {', '.join(names)}")
+        self.label_names = names or None
+
+    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
+        """The text columns hold text, the label columns something in every row."""
+        check_text(rows, self.setup.columns.of_text(), source)
+        if with_targets:
+            check_columns(rows, self.setup.options.label_columns or [self.setup.columns.label], source)
+
+    def fit(self, rows: Dataset) -> Self:
+        """The labels are those that the recipe names, else those that the column declares, else those that occur."""
+        column = self.setup.columns.label
+        present = in_order({name for labels in self._labels(rows) for name in labels})
+        if not present:
+            raise DataError("no row has any label: there is nothing to learn")
+        names = self.label_names
+        if names is None:
+            item = getattr(rows.features[column], "feature", None)
+            names = list(item.names) if isinstance(item, ClassLabel) else present
+        task = type(self)(replace(self.setup, label_names=names))
+        task.targets(rows)  # every label is among them
+        return task
+
+    def head(self) -> dict[str, Any]:
+        """One output for each label."""
+        return {
+            "num_labels": len(self._names),
+            "id2label": dict(enumerate(self._names)),
+            "label2id": {name: index for index, name in enumerate(self._names)},
+            "problem_type": "multi_label_classification",
+        }
+
+    def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
+        """Tokens, and 1.0 or 0.0 for each label."""
+        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows).astype(np.float32).tolist())
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        """Pad to the longest row of the batch."""
+        return DataCollatorWithPadding(tokenizer)
+
+    def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
+        """The labels at or above the threshold, and the probability of each label."""
+        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
+        return [self._answer(expit(row.astype(np.float64))) for row in outputs]
+
+    def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
+        """Metrics of the answered labels."""
+        return _metrics(self._matrix([answer["labels"] for answer in answers]), self.targets(rows))
+
+    def baseline(self, rows: Dataset) -> tuple[str, dict[str, float]]:
+        """Always answering the same labels: as many of the most frequent ones as give the best micro-averaged F1."""
+        targets = self.targets(rows)
+        frequencies = targets.sum(axis=0)
+        order = np.argsort(-frequencies, kind="stable")
+        sizes = np.arange(1, len(order) + 1)
+        f1 = 2 * frequencies[order].cumsum() / (sizes * len(targets) + frequencies.sum())
+        chosen = np.sort(order[: int(f1.argmax()) + 1])
+        predicted = np.zeros_like(targets)
+        predicted[:, chosen] = 1
+        return f"always {listed([self._names[index] for index in chosen])}", _metrics(predicted, targets)
+
+    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
+        """The texts in the columns that the task reads."""
+        return text_rows(self.setup.columns, texts, pairs)
+
+    def targets(self, rows: Dataset) -> np.ndarray:
+        """0 or 1, [rows, labels]; DataError on a label that the task does not have."""
+        labels = self._labels(rows)
+        unknown = in_order({name for row in labels for name in row} - set(self._names))
+        if unknown:
+            raise DataError(
+                f"column {self.setup.columns.label!r} holds {listed(unknown)}, "
+                f"not among the labels trained on: {listed(self._names)}"
+            )
+        return self._matrix(labels)
+
+    @property
+    def _names(self) -> list[str]:
+        return self.label_names or []
+
+    def _matrix(self, labels: Sequence[Sequence[str]]) -> np.ndarray:
+        index = {name: position for position, name in enumerate(self._names)}
+        matrix = np.zeros((len(labels), len(index)), dtype=np.int64)
+        for row, names in enumerate(labels):
+            matrix[row, [index[name] for name in names]] = 1
+        return matrix
+
+    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
+
+    def _answer(self, probabilities: np.ndarray) -> Answer:
+        scores = dict(zip(self._names, probabilities.tolist(), strict=True))
+        return {"labels": [name for name, score in scores.items() if score >= self._threshold], "scores": scores}
+
+    @property
+    def _threshold(self) -> float:
+        return float(self.setup.options.threshold)
+
+    def _labels(self, rows: Dataset) -> list[list[str]]:
+        """The labels of each row as text."""
+        columns = self.setup.options.label_columns
+        return _of_columns(rows, columns) if columns else _of_lists(rows, self.setup.columns.label)
+
+
+def _of_columns(rows: Dataset, columns: Sequence[str]) -> list[list[str]]:
+    """The names of the columns that hold 1."""
+    labels: list[list[str]] = [[] for _ in range(len(rows))]
+    for column in columns:
+        for index, value in enumerate(rows[column]):
+            if value not in (0, 1):
+                raise DataError(f"column {column!r} should hold 0 or 1; row {index + 1} has {value!r}")
+            if value:
+                labels[index].append(column)
+    return labels
+
+
+def _of_lists(rows: Dataset, column: str) -> list[list[str]]:
+    item = getattr(rows.features[column], "feature", None)
+    labels: list[list[str]] = []
+    for index, values in enumerate(rows[column]):
+        if not isinstance(values, list) or any(isinstance(value, list | dict | float | None) for value in values):
+            raise DataError(
+                f"column {column!r} should hold a list of labels; row {index + 1} has {values!r}. "
+                "For a column of 0 and 1 for each label set options.label_columns"
+            )
+        if isinstance(item, ClassLabel):
+            if any(value < 0 for value in values):
+                raise DataError(f"column {column!r} hides its labels (-1), as test splits do: choose another split")
+            values = [item.names[value] for value in values]
+        labels.append([str(value) for value in values])
+    return labels
+
+
+def _metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    return {
+        "micro_f1": float(f1_score(targets, predicted, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
+        "subset_accuracy": float(accuracy_score(targets, predicted)),
+    }
