@@ -387,6 +387,7 @@ def _method(prepared: Prepared) -> str:
 def _quieten() -> None:
     """Leave the terminal to us: the libraries' own bars, reports and warnings are for their developers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that ask nobody; it is read when they are imported
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # speak up when PEFT imports them
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets

@@ -65,7 +65,7 @@ class DataSection(_Section):
     )
     eval: str | None = Field(None, description="Held-out rows, as `train`. Default: another split of `train`.")
     config: str | None = Field(
-        None, description="Configuration of a hub data set, such as sst2 of glue, or a folder inside a local one."
+        None, description="Configuration of a hub data set (sst2 of glue), or a folder inside a local one."
     )
     train_split: str = Field("train", description="Split to train on, where the source has splits.")
     eval_split: str = Field("validation", description="Split to evaluate on, where the source has splits.")
@@ -127,7 +127,9 @@ class LoraSection(_Section):
     """Fixed ranks: the methods lora, rslora, dora, pissa and eva, with the fields of ``peft.LoraConfig``."""
 
     r: int = Field(4, ge=1, description="Rank of every matrix.")
-    lora_alpha: float | None = Field(None, gt=0, description="The update's scale is alpha / r. Default: 2 x r.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="The update's scale is alpha / r (rslora: alpha / sqrt(r)). Default: 2 x r."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field("all-linear", description="Modules to adapt, as in PEFT.")
     exclude_modules: str | list[str] | None = Field(None, description="Modules to leave alone, as in PEFT.")
@@ -155,6 +157,7 @@ class TrainingSection(_Section):
     learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
     lr_scheduler_type: str = Field("linear", description="How the learning rate changes.")
     warmup_steps: Interval = Field(0.06, description="Steps, or fraction of all steps, of rising learning rate.")
+    optim: str = Field("adamw_torch", description="Optimizer, by its name in Transformers.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0: never.")
     per_device_train_batch_size: int = Field(32, ge=1, description="Rows in a training batch.")

@@ -192,7 +192,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     )
     head = sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
     adapted = method.adapt(model, job)
-    trained = [p.numel() for p in adapted.model.parameters() if p.requires_grad]
+    sizes = {name: (p.numel(), p.requires_grad) for name, p in adapted.model.named_parameters()}
+    trainable = sum(size for size, trained in sizes.values() if trained)
+    copies = sum(size for name, (size, _) in sizes.items() if ".original_module." in name)  # PEFT's, of the head
     return Prepared(
         recipe=recipe,
         mode=mode,
@@ -210,8 +212,8 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         checkpoint=folder.last_checkpoint() if mode == "resume" else None,
         initial_ranks=dict(adapted.ranks()),
         head_parameters=head,
-        trainable_parameters=sum(trained),
-        frozen_parameters=sum(p.numel() for p in adapted.model.parameters() if not p.requires_grad),
+        trainable_parameters=trainable,
+        frozen_parameters=sum(size for size, _ in sizes.values()) - trainable - copies,
     )
 
 
@@ -321,6 +323,8 @@ class _SteadyTrainer(Trainer):
             callbacks=[*prepared.adapted.callbacks, _StopWhenNotFinite(), *callbacks, _MarkComplete()],
         )
         self.remove_callback(PrinterCallback)
+        # Other models take the number of items in accumulated batches, too, and then average over one batch alone.
+        self.model_accepts_loss_kwargs = prepared.form.auto_class == "AutoModelForCausalLM"
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         """Metrics on the held-out rows, logged as a Trainer does."""

@@ -263,3 +263,25 @@ def test_a_checkpoint_on_the_way_is_a_plain_adapter(finished: Path) -> None:
     for checkpoint in (finished / "checkpoints").iterdir():
         assert json.loads((checkpoint / "adapter_config.json").read_text())["peft_type"] == "LORA"
         assert load_file(checkpoint / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["adalora", "peft_adalora"])
+def test_accumulated_batches_train_as_one_large_batch(
+    adalora: Run, tiny_run: list[object], tiny_model: Path, method: str
+) -> None:
+    """2 x 4 rows a step give the weights of 8: neither the loss nor the regulariser counts twice. Plain SGD, which
+    unlike Adam does not forgive a gradient of the wrong size."""
+    shutil.copytree(tiny_model, "still")
+    config = json.loads(Path("still/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    Path("still/config.json").write_text(json.dumps(config))
+    settings = ["training.optim=sgd", "training.max_grad_norm=0", "training.learning_rate=0.5", "training.max_steps=6"]
+    for rows, batches in ((8, 1), (4, 2)):
+        shape = [f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={batches}"]
+        sets = [part for setting in [*settings, *shape] for part in ("--set", setting)]
+        done = adalora("train", *tiny_run, "--model", "still", "--method", method, *sets, "--output", f"by{rows}")
+        assert done.code == 0, done.err
+    whole, parts = (load_file(f"by{rows}/adapter_model.safetensors") for rows in (8, 4))
+    assert whole.keys() == parts.keys()
+    for key, weight in whole.items():
+        np.testing.assert_allclose(parts[key], weight, rtol=1e-4, atol=1e-5)

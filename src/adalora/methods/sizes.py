@@ -92,7 +92,9 @@ def lora_parameters(
         RecipeError: the target modules match nothing.
     """
     config = LoraConfig(r=rank, target_modules=target_modules, exclude_modules=exclude_modules, **lora)
-    adapted = with_adapter(body_without_weights(model), config, low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is to be said of the configuration is said where it is used
+        adapted = with_adapter(body_without_weights(model), config, low_cpu_mem_usage=True)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

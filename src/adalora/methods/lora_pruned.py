@@ -1,0 +1,235 @@
+"""LoRA whose rank-one parts are pruned for good: the paper's ablation of P Λ Q (section 4.4).
+
+    ΔW = s · B A        B: [d_out, r]   A: [r, d_in]   s = lora_alpha / init_r
+
+A *doublet* i is (B_*i, A_i*). Its score is a triplet's without the singular value:
+
+    S_i = mean_j s(B_ji) + mean_j s(A_ij)
+
+All doublets of a model are ranked together under the budget b(t) of AdaLoRA. One that is pruned is set to zero as a
+whole. Neither half has a gradient then, so it never returns, as a triplet with λ = 0 can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.policy import POLICIES
+from ..core.regulariser import Regulariser
+from ..core.schedule import Schedule
+from ..core.scoring import Scoring
+from ..core.settings import Settings
+from ..core.stacks import Stacks
+from ..core.state import averages_of
+from ..core.trace import Allocation
+from ..core.triplets import SingularProjection, Triplets
+from ..hf.layers import adapted_model, lora_layers
+from ..hf.plain import PlainAdapter, without_empty
+from ..hf.plain_config import plain_config
+from ..recipe import RecipeError
+from .adalora import AdaLora
+from .base import Adapted, Job, head_modules, register
+from .budgeted import ADAPTER, BudgetCallback, check_keys, header, settings_of
+from .saving import adapter_of
+from .sizes import with_adapter
+
+HERE: dict[str, object] = {
+    "orth_reg_weight": 0.0,
+    "orthogonality": "squared",
+    "initialization": "orthonormal",
+    "singular_gain": 1.0,
+    "sensitivity_at": "before_step",
+    "compact": False,
+    "kernel": "reference",
+}
+"""Keys of the section that need P Λ Q or our own layers, and what comes nearest to what happens here."""
+OF_SINGULAR_VALUES = ("singular", "magnitude")
+"""Importance metrics that look at λ alone."""
+
+
+@register("lora_pruned")
+class LoraPruned(AdaLora):
+    """Stock LoRA of rank ``init_r``, pruned to ``target_r`` on average. Budget and loading are AdaLoRA's."""
+
+    def adapt(self, model: PreTrainedModel, job: Job) -> Adapted:
+        """B, A on every target, and a callback that prunes."""
+        section = job.recipe.adalora
+        check_keys(section, "lora_pruned", HERE)
+        if section.importance in OF_SINGULAR_VALUES:
+            raise RecipeError(
+                f"adalora.importance: {section.importance} looks at singular values, which LoRA does not have: take"
+                " another for the method lora_pruned"
+            )
+        assert section.init_r is not None and section.lora_alpha is not None  # filled in when it was validated
+        config = LoraConfig(
+            task_type=job.task_type,
+            r=section.init_r,
+            lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it
+            lora_dropout=section.lora_dropout,
+            use_rslora=section.use_rslora,
+            target_modules=section.target_modules,
+            exclude_modules=section.exclude_modules,
+            modules_to_save=[*(section.modules_to_save or ()), *head_modules(model)] or None,
+        )
+        adapted = with_adapter(model, config)
+        layers = dict(lora_layers(adapted_model(adapted), ADAPTER))
+        if embeddings := [name for name, layer in layers.items() if ADAPTER not in layer.lora_A]:
+            raise RecipeError(
+                f"adalora.target_modules: {embeddings[0]} is an embedding, whose LoRA the method lora_pruned cannot"
+                " prune: exclude it"
+            )
+        settings = settings_of(section)
+        doublets = sum(layer.r[ADAPTER] for layer in layers.values())
+        schedule = settings.schedule(doublets, len(layers), job.total_steps, job.steps_per_epoch)
+        pruner = Pruner(layers, settings, schedule)
+
+        def save(folder: Path) -> None:
+            plain(adapted, pruner.live).write(folder)
+
+        return Adapted(
+            model=adapted,
+            save=save,
+            callbacks=[BudgetCallback(pruner, job.trace)],
+            schedule=schedule.describe(len(layers)).replace("triplets", "doublets"),
+            ranks=pruner.ranks,
+        )
+
+
+def plain(model: PeftModel, live: Mapping[str, Tensor]) -> PlainAdapter:
+    """The adapter without what was pruned, at a scale of 1; modules of which nothing is left are left out.
+
+    Args:
+        live: which doublets of each module live: bool, [r].
+    """
+    config, tensors = adapter_of(model)
+    whole = PlainAdapter.of(config, tensors).unscaled()
+    pairs = {name: pair.select(live[name].nonzero().flatten()) for name, pair in whole.pairs.items()}
+    kept = without_empty(pairs, whole.rest)
+    ranks = {name: kept[name].rank if name in kept else 0 for name in pairs}
+    pruned = {name: pair for name, pair in pairs.items() if name not in kept}
+    return PlainAdapter(plain_config(config, ranks), kept, whole.rest, pruned)
+
+
+class Pruner:
+    """Which doublets of a LoRA model live.
+
+    Args:
+        layers: the adapted layers by name; the order is the order of ties and of the trace.
+        settings: importance and policy.
+        schedule: step -> budget, in doublets.
+    """
+
+    def __init__(self, layers: Mapping[str, LoraLayer], settings: Settings, schedule: Schedule) -> None:
+        self.layers = dict(layers)
+        self.settings, self.schedule = settings, schedule
+        self.step = 0
+        self.mask = torch.ones(schedule.initial_budget, dtype=torch.bool)
+        self._scoring: Scoring | None = None
+        self._kept: list[Tensor] = []  # for every A and B: which of its doublets live, in its type; empty: all do
+
+    @property
+    def sizes(self) -> list[int]:
+        """Doublets of each matrix, pruned ones included: they stay in memory as zeros."""
+        return [layer.r[ADAPTER] for layer in self.layers.values()]
+
+    @property
+    def live(self) -> dict[str, Tensor]:
+        """Which doublets of each matrix live, by its name: bool, [r]."""
+        return dict(zip(self.layers, torch.split(self.mask, self.sizes), strict=True))
+
+    def ranks(self) -> dict[str, int]:
+        """Live doublets of each matrix, by its name."""
+        flags = iter(self.mask.tolist())  # one wait for the device, however many matrices
+        return {name: sum(islice(flags, size)) for name, size in zip(self.layers, self.sizes, strict=True)}
+
+    def header(self) -> dict[str, Any]:
+        """See :class:`Budgeted`, as all that follows."""
+        return header(list(self.layers), self.sizes[0], self.schedule, self.settings)
+
+    def before_step(self) -> None:
+        """Update the importance, as long as a ranking that needs it is still to come."""
+        if self.schedule.prunes and self.step + 1 < self.schedule.final_step:
+            scoring = self._scored()
+            scoring.update(scoring.stacks.parameters())
+
+    def after_step(self) -> Allocation | None:
+        """Rank and prune when it is due; hold what was pruned at zero, from where momentum has moved it."""
+        self.step += 1
+        due = self.schedule.allocates(self.step)
+        if due:
+            self._keep(self._best(self.schedule.budget(self.step)))
+        self._hold()
+        if not due:
+            return None
+        allocation = self._allocation()
+        if self.schedule.is_final(self.step):
+            self._scoring = None  # the averages have done their work
+        return allocation
+
+    def tensors(self) -> dict[str, Tensor]:
+        averages = {} if self._scoring is None else self._scoring.averages()
+        named = {f"{name}.{key}": value for name, both in averages.items() for key, value in both._asdict().items()}
+        return {"mask": self.mask, **named}
+
+    def restore(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        self.step = step
+        scoring = self._scored()
+        scoring.restore(averages_of(tensors))
+        self._keep(tensors["mask"].to(self.mask.device))
+
+    def _scored(self) -> Scoring:
+        """Made when training begins, since by then the model is where it is trained."""
+        if self._scoring is None:
+            stacks = Stacks([_as_triplets(name, *_weights(layer)) for name, layer in self.layers.items()])
+            self._scoring = Scoring(stacks, self.settings.metric, self.settings.beta1, self.settings.beta2)
+            self.mask = self.mask.to(stacks.device)
+        return self._scoring
+
+    def _best(self, budget: int) -> Tensor:
+        """Which doublets live under this budget: of those that live now, since the others are nothing but zeros."""
+        scoring = self._scored()
+        scores = scoring.scores(scoring.stacks.parameters()).masked_fill(~self.mask, -torch.inf)
+        return POLICIES[self.settings.policy](scores, budget, self.sizes)
+
+    def _keep(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._kept = []
+        for layer, live in zip(self.layers.values(), self.live.values(), strict=True):
+            a, b = _weights(layer)
+            flags = live.to(a.dtype)
+            self._kept += [flags.view(-1, *[1] * (a.ndim - 1)), flags.view(-1, *[1] * (b.ndim - 2))]
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Zeros in the place of every doublet that does not live."""
+        if self._kept:
+            torch._foreach_mul_([weight for layer in self.layers.values() for weight in _weights(layer)], self._kept)
+
+    def _allocation(self) -> Allocation:
+        stacks = self._scored().stacks
+        error = float(Regulariser(stacks).errors(stacks.parameters()).mean())
+        return Allocation(self.step, self.schedule.budget(self.step), list(self.ranks().values()), error)
+
+
+def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, [r, d_in], and B, [d_out, r], or the kernels of a convolution in their place."""
+    a: Any = layer.lora_A[ADAPTER]
+    b: Any = layer.lora_B[ADAPTER]
+    return a.weight, b.weight
+
+
+def _as_triplets(name: str, a: nn.Parameter, b: nn.Parameter) -> Triplets:
+    """A doublet is a triplet whose singular value is the constant 1: that has no gradient, so it scores nothing."""
+    left, right = nn.Module(), SingularProjection(a.detach())
+    left.weight, right.right_vectors = b, a
+    right.singular_values = nn.Parameter(torch.ones_like(right.singular_values), requires_grad=False)
+    return Triplets(name, left, right)
