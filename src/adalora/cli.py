@@ -198,11 +198,14 @@ def bench(
     interruption, and draws the tables anew.
     """
     _quieten()
+    from .bench.pages import write_results
     from .bench.runner import run_bench
     from .report.terminal import console
 
+    out = console()
     try:
-        run_bench(grid, workers, ray, retry, console())
+        found = run_bench(grid, workers, ray, retry, out)
+        out.print(f"Tables and pictures: {write_results(found.grid, found.records)}", soft_wrap=True)
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on: finished cells are not run again.", err=True)
         raise typer.Exit(130) from None

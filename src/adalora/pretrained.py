@@ -100,7 +100,7 @@ def load_model(model: str, task: Task, tokenizer: Any) -> PreTrainedModel:
     except _LOAD_ERRORS as error:
         raise _not_a_model(model, source, error, form.words) from error
     if Path(source).suffix == ".gguf":  # plain float32 weights by now, which can be trained
-        loaded.is_quantized, loaded.hf_quantizer = False, None
+        vars(loaded).update(is_quantized=False, hf_quantizer=None)
         del loaded.config.quantization_config
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id

@@ -41,9 +41,10 @@ from .pretrained import Form, form_of, load_model, load_tokenizer, locate, longe
 from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, dump, validated
 from .report.ranks import draw_ranks, read_trace
 from .runs import COMPLETE, Mode, RunError, RunFolder
-from .tasks import Task
+from .tasks import Signed, Task
 
 _PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
+_LONGEST_EXAMPLE = 200  # characters
 
 _FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit", "facts.versions"}
 """Keys that may differ when a run is resumed: they do not reach the weights."""
@@ -259,7 +260,7 @@ def _about(prepared: Prepared) -> dict[str, Any]:
         "task": recipe.task,
         "method": recipe.method,
         "headline": prepared.task.headline,
-        "pairs": recipe.data.text_pair is not None,
+        "example": _example(prepared),
         "loading": {
             "base": locate(recipe.model),
             "auto_class": prepared.form.auto_class,
@@ -267,6 +268,7 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "peft": (folder.path / "adapter_config.json").is_file(),
         },
         "versions": recipe.facts.versions if recipe.facts else {},
+        "signatures": prepared.task.signatures(prepared.evaluation) if isinstance(prepared.task, Signed) else {},
         "resumed_from_step": prepared.resumed_step,
         "baseline": {"answer": prepared.baseline[0], "metrics": prepared.baseline[1]} if prepared.baseline else None,
         "initial_triplets": sum(prepared.initial_ranks.values()),
@@ -281,6 +283,18 @@ def _about(prepared: Prepared) -> dict[str, Any]:
         },
         "saved_bytes": {file.name: file.stat().st_size for file in saved},
     }
+
+
+def _example(prepared: Prepared) -> dict[str, str]:
+    """Options of ``adalora predict`` for the first held-out row that fits a line; none where rows are not texts."""
+    data, rows = prepared.recipe.data, prepared.evaluation
+    options = {"text": str(data.text)} | ({"text-pair": data.text_pair} if data.text_pair else {})
+    for row in rows.select(range(min(len(rows), 50))) if set(options.values()) <= set(rows.column_names) else ():
+        example = {option: row[column] for option, column in options.items()}
+        one_line = all(isinstance(text, str) and "\n" not in text for text in example.values())
+        if one_line and sum(map(len, example.values())) <= _LONGEST_EXAMPLE:
+            return example
+    return {}
 
 
 def _parameters(file: Path) -> int:

@@ -302,14 +302,14 @@ def test_a_taught_model_answers(template: str, tokenizer: Any) -> None:
     task = instruction(chat_template=template, packing=True)
     model = taught(task, tokenizer)
     answers = task.predict(model, tokenizer, questions(), batch_size=3)
-    assert [answer["text"] for answer in answers] == list(QUESTIONS.values())
+    assert [answer["output"] for answer in answers] == list(QUESTIONS.values())
     found = task.metrics(answers, questions())
     assert tuple(found) == task.metric_names
     assert 1 < found["perplexity"] < 1.5 and found["exact_match"] == 1.0 and found["answer_tokens"] == 8
     other = Dataset.from_dict({"prompt": list(QUESTIONS), "completion": ["four ", "no", "no", "no"]})
     assert task.metrics(answers, other)["exact_match"] == 1 / 4
     asked = task.predict(model, tokenizer, task.rows_of(list(QUESTIONS), None), batch_size=3)
-    assert asked == [{"text": text} for text in QUESTIONS.values()]
+    assert asked == [{"output": text} for text in QUESTIONS.values()]
 
 
 def test_perplexity_counts_tokens_not_rows(tokenizer: Any) -> None:

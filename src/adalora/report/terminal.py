@@ -17,12 +17,8 @@ from rich.text import Text
 
 from .grid import Grid, arrange
 
+_DETAILS = {"scores", "n_best"}  # of an answer: for --json
 _CELL = 4  # width of a column of ranks, borders included
-
-_EXAMPLE = {
-    False: '--text "A delight from start to finish."',
-    True: '--text "A man sings." --text-pair "Someone sings."',
-}
 
 
 def _loading(folder: Path, loading: Mapping[str, Any]) -> list[str]:
@@ -92,7 +88,10 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     place = shlex.quote(str(folder))
     out.print("Next:")
     out.print(f"  {_program()} evaluate {place}", soft_wrap=True)
-    out.print(f"  {_program()} predict {place} {_EXAMPLE[metrics['pairs']]}", soft_wrap=True)
+    example = [part for option, text in metrics["example"].items() for part in (f"--{option}", text)]
+    out.print(
+        f"  {_program()} predict {place} {shlex.join(example or ['--file', 'FILE'])}", soft_wrap=True, markup=False
+    )
     if loading:
         out.print(f"or anywhere, with {'PEFT' if metrics['loading']['peft'] else 'Transformers'} alone:")
         for line in loading:
@@ -115,13 +114,13 @@ def _average(live: int, matrices: int) -> str:
 def answer_table(texts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> Table:
     """Each text with what the model says about it."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    columns = [name for name, value in answers[0].items() if not isinstance(value, dict)] if answers else []
+    columns = list(dict.fromkeys(name for answer in answers for name in answer if name not in _DETAILS))
     for name in columns:
         table.add_column(name, justify="left" if name == "label" else "right")
     for name in texts[0] if texts else ():
         table.add_column(name)
     for text, answer in zip(texts, answers, strict=True):
-        cells = [*(answer[name] for name in columns), *text.values()]
+        cells = [*(answer.get(name) for name in columns), *text.values()]
         table.add_row(*(Text(_shown(cell)) for cell in cells))
     return table
 
@@ -133,7 +132,7 @@ def _shown(value: Any) -> str:
         return ", ".join(map(_shown, value)) or "–"
     if isinstance(value, dict):
         return " ".join(map(_shown, value.values()))
-    return str(value)
+    return "–" if value is None else str(value)
 
 
 def rank_table(ranks: Mapping[str, int], width: int) -> Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Task(Protocol):
     options: ClassVar[type[Options]]
     headline: ClassVar[str]
     """The metric to name first, and to compare methods by."""
-    metric_names: ClassVar[tuple[str, ...]]
+    metric_names: tuple[str, ...]
     """All that ``metrics`` computes, in the order to show it in."""
 
     label_names: list[str] | None
@@ -112,6 +112,15 @@ class Task(Protocol):
 
     def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
         """Rows made of texts from the command line, for ``predict``. DataError when pairs are missing or too many."""
+        ...
+
+
+@runtime_checkable
+class Signed(Protocol):
+    """A task whose metrics have variants that figures can only be compared within."""
+
+    def signatures(self, rows: Dataset) -> dict[str, str]:
+        """The variant of each such metric on these rows, in its library's notation."""
         ...
 
 

@@ -127,7 +127,7 @@ class Instruction:
         prompts = [chat.ask(given[index].question, self._longest_prompt(model)) for index in asked]
         search = {"do_sample": False, "max_new_tokens": self._options.max_new_tokens, "eos_token_id": chat.ends()}
         for index, text in zip(asked, write(model, tokenizer, prompts, batch_size, **search), strict=True):
-            answers[index]["text"] = text
+            answers[index]["output"] = text
         return answers
 
     def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
@@ -137,7 +137,7 @@ class Instruction:
         mean = sum(answer["nll"] for answer in answers) / tokens if tokens else math.nan
         wanted = [conversation.answer or "" for conversation in self._conversations(rows, with_targets=True)]
         pairs = zip(answers, wanted, strict=True)
-        same = [answer["text"].strip() == text.strip() for answer, text in pairs if "text" in answer]
+        same = [answer["output"].strip() == text.strip() for answer, text in pairs if "output" in answer]
         return {
             "perplexity": math.inf if mean > _LARGEST_EXPONENT else math.exp(mean),
             "exact_match": sum(same) / len(same) if same else math.nan,

@@ -1,0 +1,240 @@
+"""One cell: a run in a process of its own, and what its folder says about it afterwards.
+
+A cell's folder is that of an ordinary run, with three files more: ``log.txt``, what the process printed; ``cell.json``,
+the recipe as the grid asked for it, where it ran and what that took; ``failure.json``, why there is no result.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import resource
+import shutil
+import socket
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .. import tasks
+from ..files import write_json
+from ..recipe import RecipeError, differences, dump, parse_yaml, validate
+from ..runs import RunFolder
+from .errors import BenchError
+from .grid import Cell
+from .records import Record
+
+Condition = Literal["done", "failed", "interrupted", "new"]
+
+_FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit"}
+"""Keys of a recipe that may differ from those of a cell that was run: they do not reach the weights."""
+
+_TAIL = 25  # lines of a log or a traceback that failure.json repeats
+
+
+class CellFolder(NamedTuple):
+    """The files of one cell."""
+
+    path: Path
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.path)
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def early_log(self) -> Path:
+        """Beside the folder, which does not exist until the run has been checked."""
+        return self.path.with_name(f"{self.path.name}.log")
+
+    @property
+    def note(self) -> Path:
+        return self.path / "cell.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.path / "failure.json"
+
+    @property
+    def condition(self) -> Condition:
+        """What became of the cell."""
+        if self.run.metrics.is_file():
+            return "done"
+        if self.failure.is_file():
+            return "failed"
+        return "interrupted" if self.run.recipe.is_file() and self.note.is_file() else "new"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cell's process is told; plain values, so that it can go to another machine."""
+
+    recipe: dict[str, Any]
+    resume: bool
+    directory: str  # where relative paths of the recipe start
+    threads: int
+    seconds: float | None  # after which the process ends itself
+
+
+def job_of(cell: Cell, resume: bool, threads: int, minutes: float | None) -> Job:
+    """The job that runs ``cell``."""
+    recipe = parse_yaml(dump(cell.recipe), str(cell))
+    return Job(recipe, resume, str(Path.cwd()), threads, None if minutes is None else 60 * minutes)
+
+
+# --- in the cell's process ---------------------------------------------------------------------------
+
+
+def run_cell(job: Job) -> None:
+    """Train, evaluate, and say in the folder how it went. All that is printed goes to its log."""
+    began = time.monotonic()
+    os.chdir(job.directory)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    recipe = validate(job.recipe, "cell")
+    folder = CellFolder(Path(recipe.output))
+    _print_to(folder.log if job.resume else folder.early_log)
+    if job.seconds is not None:
+        faulthandler.dump_traceback_later(job.seconds, exit=True)
+    try:
+        _train(job, folder, began)
+    except Exception as error:
+        traceback.print_exc()
+        _note_failure(folder, f"{type(error).__name__}: {error}", traceback.format_exc().splitlines()[-_TAIL:])
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _train(job: Job, folder: CellFolder, began: float) -> None:
+    import datasets
+    import torch
+    import transformers
+
+    from ..progress import ShowProgress
+    from ..report.terminal import console
+    from ..training import prepare, train
+
+    torch.set_num_threads(job.threads)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    prepared = prepare(validate(job.recipe, "cell"), "resume" if job.resume else "new")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not job.resume:
+        folder.early_log.rename(folder.log)
+    note = {"asked": job.recipe, "resumed": job.resume, "host": socket.gethostname(), "pid": os.getpid()}
+    write_json(folder.note, note)
+    train(prepared, [ShowProgress(console(), prepared.task.metric_names)])
+    folder.run.drop_checkpoints(after=-1)
+    write_json(folder.note, note | _usage(began))
+
+
+def _usage(began: float) -> dict[str, Any]:
+    """What the process has taken so far."""
+    import torch
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": round(time.monotonic() - began, 2),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "peak_bytes": used.ru_maxrss * unit,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+def _print_to(log: Path) -> None:
+    """Send what this process and its libraries print to the end of ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+# --- in the bench's process --------------------------------------------------------------------------
+
+
+def check_asked(cell: Cell, folder: CellFolder) -> None:
+    """BenchError when the folder holds a run of another recipe than the grid asks for now."""
+    try:
+        asked = _read(folder.note)["asked"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BenchError(f"{folder.path} holds a run that no bench started: give the grid another `output`") from error
+    try:
+        changed = differences(validate(asked, str(folder.note)), cell.recipe, ignore=_FREE_TO_CHANGE)
+    except RecipeError as error:
+        raise BenchError(f"{error}. Another version of adalora wrote it: give the grid another `output`") from error
+    if changed:
+        raise BenchError(
+            f"the grid asks for another run than the one in {folder.path}: {'; '.join(changed)}. "
+            "Change it back, or give the grid another `output`"
+        )
+
+
+def clear(folder: CellFolder) -> None:
+    """Remove what is left of a cell that has to start at the beginning."""
+    folder.early_log.unlink(missing_ok=True)
+    if folder.path.is_dir():
+        shutil.rmtree(folder.path)
+
+
+def settle(folder: CellFolder, ending: str | None) -> None:
+    """After the process: see to it that the folder holds a result, or says why not. ``ending``: how the process ended,
+    where it could not say so itself."""
+    if folder.condition in {"interrupted", "new"}:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        _note_failure(folder, ending or "its process ended without a result", _tail_of_log(folder))
+    if folder.early_log.is_file():
+        folder.early_log.replace(folder.log)
+
+
+def record_of(cell: Cell, output: Path) -> Record | None:
+    """What the cell's folder says; None while there is neither a result nor a failure."""
+    folder = CellFolder(output / cell.folder)
+    if folder.condition not in {"done", "failed"}:
+        return None
+    task, method, budget = cell.group
+    found = Record(
+        task=task,
+        method=method,
+        budget=budget,
+        learning_rate=cell.learning_rate,
+        seed=cell.seed,
+        role=cell.role,
+        state="done" if folder.condition == "done" else "failed",
+        folder=cell.folder,
+        headline=tasks.get(cell.recipe.task).headline,
+    )
+    if found.state == "failed":
+        return Record(**asdict(found) | {"failure": _read(folder.failure)["message"]})
+    metrics, note = _read(folder.run.metrics), _read(folder.note)
+    usage = {key: note.get(key) for key in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes")}
+    seconds = note.get("seconds", metrics["seconds"])  # without its own when it was killed right after training
+    parts = {key: metrics[key] for key in ("headline", "metrics", "parameters", "ranks")}
+    return Record(**asdict(found) | usage | parts | {"seconds": seconds, "resumed": note["resumed"]})
+
+
+def _note_failure(folder: CellFolder, message: str, tail: list[str]) -> None:
+    write_json(folder.failure, {"message": message, "tail": tail})
+
+
+def _tail_of_log(folder: CellFolder) -> list[str]:
+    for log in (folder.early_log, folder.log):
+        if log.is_file():
+            return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

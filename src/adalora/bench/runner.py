@@ -1,0 +1,179 @@
+"""``adalora bench``: every cell of a grid is run once, whatever happens to the others, and each result is written down
+as soon as it is there."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from .cells import CellFolder, Job, check_asked, clear, job_of, record_of, settle
+from .choose import cells_known, lost_groups
+from .display import Display, duration
+from .errors import BenchError
+from .grid import Cell, Grid, Group, read_grid
+from .pools import LocalPool, Pool
+from .records import Record, write_records
+
+_POLL = 5.0  # seconds between two looks at what runs
+
+
+class Bench(NamedTuple):
+    """What a bench has come to."""
+
+    grid: Grid
+    records: list[Record]
+    lost: list[Group]
+    """Groups of which no learning rate gave a result."""
+
+
+def run_bench(
+    path: Path, workers: int | None = None, ray: str | None = None, retry: bool = False, console: Console | None = None
+) -> Bench:
+    """Run the cells of a grid that are not finished; with all of them finished, only read them.
+
+    Args:
+        workers: how many cells at a time: on this machine (default: 1), or at most on the cluster (default: all that
+            fit).
+        ray: address of a Ray cluster (``auto``, ``host:port``, ``ray://host:port``), or ``local`` to start one here.
+        retry: run broken cells again, from the beginning.
+
+    Raises:
+        RecipeError: a fault of the grid; nothing has been run then.
+        BenchError: another bench writes to its folder, or a cell there was run by another recipe.
+        KeyboardInterrupt: interrupted, or told to end; every process has been stopped then.
+    """
+    grid = read_grid(path)
+    output = Path(grid.output).expanduser()
+    with _alone_in(output):
+        records = _finished(grid, output, retry)
+        if _waiting(grid, records):
+            pool = _pool(grid, workers, ray)
+            with _ended_by_signals(), Display(grid, console or Console(), records) as display:
+                try:
+                    _run_all(grid, output, pool, records, display)
+                finally:
+                    pool.stop()
+        return _written(grid, output, records)
+
+
+def collect(grid: Grid) -> Bench:
+    """What the grid's folder holds, finished or not; writes nothing."""
+    records = _finished(grid, Path(grid.output).expanduser(), retry=False)
+    return Bench(grid, _in_order(grid, records), lost_groups(grid, records))
+
+
+def _pool(grid: Grid, workers: int | None, ray: str | None) -> Pool:
+    if ray is None:
+        return LocalPool(workers or 1, grid.resources)
+    from .cluster import RayPool  # needs a package of its own
+
+    return RayPool(ray, workers, grid.resources)
+
+
+def _run_all(grid: Grid, output: Path, pool: Pool, records: dict[str, Record], display: Display) -> None:
+    """Start cells while there is room, take in those that have ended; ``records`` gets an entry for each."""
+    running: dict[str, Cell] = {}
+    started: dict[str, float] = {}
+    while True:
+        waiting = [cell for cell in _waiting(grid, records) if cell.folder not in running]
+        for cell in waiting[: max(0, pool.capacity() - len(running))]:
+            pool.start(cell.folder, _job(grid, output, cell, pool.threads))
+            running[cell.folder], started[cell.folder] = cell, time.monotonic()
+        if not running:
+            return
+        display.started(running.values(), pool.capacity())
+        ended: dict[str, str | None] = {}
+        while not ended:
+            ended = pool.ended(_POLL)
+        for key, ending in ended.items():
+            settle(CellFolder(output / key), _too_long(grid, time.monotonic() - started[key]) or ending)
+            cell = running.pop(key)
+            record = record_of(cell, output)
+            assert record is not None  # settled
+            records[key] = record
+            _written(grid, output, records)
+            display.finished(cell, record)
+
+
+def _waiting(grid: Grid, records: dict[str, Record]) -> list[Cell]:
+    return [cell for cell in cells_known(grid, records) if cell.folder not in records]
+
+
+def _job(grid: Grid, output: Path, cell: Cell, threads: int) -> Job:
+    """Continues an interrupted run, and begins any other."""
+    folder = CellFolder(output / cell.folder)
+    resume = folder.condition == "interrupted"
+    if not resume:
+        clear(folder)
+    return job_of(cell, resume, threads, grid.resources.minutes)
+
+
+def _too_long(grid: Grid, seconds: float) -> str | None:
+    minutes = grid.resources.minutes
+    if minutes is None or seconds < 60 * minutes:
+        return None
+    return f"it was stopped after {duration(60 * minutes)}, the limit of resources.minutes"
+
+
+def _finished(grid: Grid, output: Path, retry: bool) -> dict[str, Record]:
+    """Records of the cells that need not be run, by their folders. Which those are may depend on others of them."""
+    found: dict[str, Record] = {}
+    looked_at: set[str] = set()
+    while True:
+        cells = [cell for cell in cells_known(grid, found) if cell.folder not in looked_at]
+        if not cells:
+            return found
+        for cell in cells:
+            looked_at.add(cell.folder)
+            folder = CellFolder(output / cell.folder)
+            if folder.condition in {"done", "interrupted"}:
+                check_asked(cell, folder)
+            record = record_of(cell, output)
+            if record is not None and not (retry and record.state == "failed"):
+                found[cell.folder] = record
+
+
+def _in_order(grid: Grid, records: dict[str, Record]) -> list[Record]:
+    """The records that the grid asks for. A cell at a rate that is no longer the chosen one is not among them."""
+    return [records[cell.folder] for cell in cells_known(grid, records) if cell.folder in records]
+
+
+def _written(grid: Grid, output: Path, records: dict[str, Record]) -> Bench:
+    bench = Bench(grid, _in_order(grid, records), lost_groups(grid, records))
+    write_records(output, bench.records)
+    return bench
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Hold the folder's lock; BenchError when another process does."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(
+                f"another bench writes to {output}: wait for it, or give the grid another `output`"
+            ) from None
+        yield
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the bench as an interrupt from the keyboard does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,207 @@
+"""The tables as text, before it is decided whether for Markdown or LaTeX: columns, cells, and what has to be said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from .grid import budget_name
+from .published import SOURCE
+from .records import LOWER_IS_BETTER, Budget
+from .statistics import CONFIDENCE, Summary, coverage
+from .tables import Results, Row, Table
+
+_NONE = "–"
+
+
+class Sheet(NamedTuple):
+    """A table as text. The first columns are words, the others numbers."""
+
+    title: str
+    note: str
+    words: int  # columns of words
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def how_to_read(found: Results) -> Iterator[str]:
+    """What is compared, and how much a few seeds can claim."""
+    yield (
+        "Means ± sample standard deviation over the reported seeds. Shares and correlations are in points (× 100). "
+        "Where learning rates stand in brackets, one of them was chosen on a seed that is not reported."
+    )
+    if found.reference is None:
+        yield "The grid names no reference, so there are no differences."
+        return
+    differences = [row.difference for table in [*found.tables, *found.averages] for row in table.rows]
+    sizes = sorted({difference.n for difference in differences if difference is not None and difference.n > 1})
+    held = ", ".join(f"{coverage(n):.0%} of the time with {n} seeds" for n in sizes)
+    yield (
+        f"Differences are to `{found.reference}` at the same budget, seed by seed. The interval is the percentile "
+        f"bootstrap's over seeds, {CONFIDENCE:.0%} by name"
+        + (f"; of normal differences it would hold the true mean {held}: it is narrower than its name" if held else "")
+        + ". p is of the two-sided paired t-test and is not corrected for the number of rows: where nothing differs, "
+        "one row in twenty is below 0.05 all the same. Whatever stands here is of these seeds, this data and this "
+        "model."
+    )
+
+
+def sheets_of_task(table: Table, reference: str | None) -> Iterator[Sheet]:
+    """All tables of one task."""
+    yield _comparison(table, reference)
+    if len(table.metrics) > 1:
+        yield Sheet(
+            f"All metrics of {table.task}",
+            "",
+            2,
+            ["method", "budget", *(_metric(table, name) for name in table.metrics)],
+            [
+                [
+                    row.group.method,
+                    _budget(row.group.budget),
+                    *(_summary(table, name, row.metrics.get(name)) for name in table.metrics),
+                ]
+                for row in table.rows
+            ],
+        )
+    if table.published:
+        models = {figure.model for figure in table.published}
+        other = "" if models == {table.model} else f", another model than {table.model} above"
+        yield Sheet(
+            f"What the paper prints on {table.task}",
+            f"{SOURCE}: {', '.join(sorted(models))}{other}, all of the data, means of five seeds, in points.",
+            3,
+            ["method", "budget", "metric", "score"],
+            [[f.method, f.budget, f.metric, f"{f.value:.2f}".removesuffix("0")] for f in table.published],
+        )
+
+
+def _comparison(table: Table, reference: str | None) -> Sheet:
+    """The headline metric of each row, and how far it is from the reference's."""
+    costs = any(row.learning_rates for row in table.rows)
+    columns = ["method", "budget", "seeds", _metric(table, table.headline)]
+    if reference is not None:
+        columns += [f"minus {reference}", f"{CONFIDENCE:.0%} interval", "p"]
+    if costs:
+        columns += ["learning rate", "parameters", "minutes", "memory"]
+    rows = []
+    for row in table.rows:
+        cells = [row.group.method, _budget(row.group.budget), _seeds(row), _summary(table, table.headline, row.summary)]
+        cells += _difference(table, row) if reference is not None else []
+        cells += [_rates(row), *_cost(row)] if costs else []
+        rows.append(cells)
+    note = (
+        "Parameters are the adapter's, at the start → as saved; memory is that of the largest run, on the GPU where "
+        "there was one, else of its process with all libraries."
+    )
+    return Sheet(table.title, note if costs else f"{table.words}.", 2, columns, rows)
+
+
+def sheets_of_all(found: Results) -> Iterator[Sheet]:
+    """The tables over all tasks."""
+    if found.averages:
+        rows = [row for average in found.averages for row in average.rows]
+        words = ". ".join(f"{average.title}: {average.words}" for average in found.averages)
+        yield _comparison(
+            replace(found.averages[0], title="Average over tasks", rows=rows, words=words), found.reference
+        )
+    if found.agreement:
+        yield Sheet(
+            "Do learned ranks agree?",
+            "Spearman's correlation of the ranks of all matrices, over pairs of runs that differ in one thing alone: "
+            "1 is the same order, 0 none in common.",
+            2,
+            ["between", "of", "mean", "lowest", "highest", "pairs"],
+            [
+                [pair.between, pair.what, *map(_number, (pair.mean, pair.low, pair.high)), str(pair.pairs)]
+                for pair in found.agreement
+            ],
+        )
+
+
+def remarks(table: Table) -> Iterator[str]:
+    """What the grid asks for and the table does not have, and why; and rates that may not be the best there are."""
+    for row in table.rows:
+        if row.lost:
+            yield f"{_name(row)}: no learning rate gave a result, so there is none to report"
+        if row.missing:
+            yield f"{_name(row)}: {row.missing} of {row.wanted} seeds are still to be run"
+        if row.undefined:
+            seeds = ", ".join(map(str, row.undefined))
+            yield f"{_name(row)}: {table.headline} is not defined at seed {seeds}"
+        for cell in row.failures:
+            where = f"seed {cell.seed}, learning rate {cell.learning_rate:g} (to {cell.role})"
+            yield f"{_name(row)}: failed at {where}: {cell.failure}"
+        if len(row.tried) > 1:
+            for edge, word in ((row.tried[0], "lowest"), (row.tried[-1], "highest")):
+                if row.learning_rates == [edge]:
+                    yield f"{_name(row)}: the learning rate chosen, {edge:g}, is the {word} of those tried"
+
+
+# --- cells ------------------------------------------------------------------------------------------
+
+
+def _name(row: Row) -> str:
+    budget = row.group.budget
+    return row.group.method if budget is None else f"{row.group.method} at {budget_name(budget)}"
+
+
+def _budget(budget: Budget) -> str:
+    return _NONE if budget is None else f"{budget:,}" if isinstance(budget, int) else budget
+
+
+def _metric(table: Table, name: str) -> str:
+    return f"{name} ↓" if name in LOWER_IS_BETTER else name
+
+
+def _digits(table: Table, name: str) -> int:
+    """Two behind the point; four of an error below 1, which is not shown in points."""
+    small = all(abs(row.metrics[name].mean) < 1 for row in table.rows if name in row.metrics)
+    return 4 if name in LOWER_IS_BETTER and small else 2
+
+
+def _number(value: float, digits: int = 2, sign: str = "") -> str:
+    rounded = round(value, digits) + 0.0 if math.isfinite(value) else value  # without a minus before zero
+    return f"{rounded:{sign}.{digits}f}".replace("-", "−") if math.isfinite(rounded) else _NONE
+
+
+def _summary(table: Table, name: str, found: Summary | None) -> str:
+    """``85.12 ± 0.34``; one seed has no deviation."""
+    if found is None or found.n == 0:
+        return _NONE
+    points, digits = table.points.get(name, 1.0), _digits(table, name)
+    return f"{_number(found.mean * points, digits)} ± {_number(found.deviation * points, digits)}"
+
+
+def _seeds(row: Row) -> str:
+    """``5``, or ``3 of 5``, with what failed."""
+    wanted = f" of {row.wanted}" if row.wanted > row.summary.n else ""
+    broken = sum(cell.role == "report" for cell in row.failures)
+    return f"{row.summary.n}{wanted}" + (f" ({broken} failed)" if broken else "")
+
+
+def _difference(table: Table, row: Row) -> list[str]:
+    """Difference, interval, p-value."""
+    found = row.difference
+    if found is None or found.n == 0:
+        return [_NONE] * 3
+    points, digits = table.points.get(table.headline, 1.0), _digits(table, table.headline)
+    low, high = (_number(edge * points, digits, "+") for edge in (found.low, found.high))
+    p = _NONE if math.isnan(found.p_value) else "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+    fewer = f" (n = {found.n})" if found.n < row.summary.n else ""
+    interval = _NONE if math.isnan(found.low) else f"{low} to {high}"
+    return [_number(found.mean * points, digits, "+") + fewer, interval, p]
+
+
+def _rates(row: Row) -> str:
+    chosen = ", ".join(f"{rate:g}" for rate in row.learning_rates) or _NONE
+    return f"{chosen} ({', '.join(f'{rate:g}' for rate in row.tried)})" if row.tried else chosen
+
+
+def _cost(row: Row) -> list[str]:
+    """Parameters, minutes, memory."""
+    start, saved = (_NONE if math.isnan(n) else f"{n:,.0f}" for n in (row.cost.adapter_start, row.cost.adapter_saved))
+    memory = _NONE if math.isnan(row.cost.peak_bytes) else f"{row.cost.peak_bytes / 2**20:,.0f} MiB"
+    return [saved if start == saved else f"{start} → {saved}", _number(row.cost.minutes, 1), memory]

@@ -1,0 +1,271 @@
+"""The runner: real processes that train, break, are killed and go on."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from adalora.bench.display import duration, time_left
+from adalora.bench.errors import BenchError
+from adalora.bench.grid import Group, read_grid
+from adalora.bench.pools import places
+from adalora.bench.records import Record, read_records
+from adalora.bench.runner import Bench, collect, run_bench
+from adalora.runs import RunFolder
+
+from .test_grid import changed
+
+Write = Callable[[Mapping[str, Any]], Path]
+
+
+def run(path: Path, **settings: Any) -> tuple[Bench, str]:
+    """A bench to its end, and what it printed."""
+    console = Console(file=io.StringIO(), width=200)
+    bench = run_bench(path, console=console, **settings)
+    return bench, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def times(output: Path) -> dict[Path, int]:
+    """When each result was written."""
+    return {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
+
+
+@contextmanager
+def once(condition: Callable[[], Any], action: Callable[[Any], None]) -> Iterator[None]:
+    """Meanwhile, do something as soon as ``condition`` gives something to do it with."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            found = condition()
+            if found:
+                action(found)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def pid_of(cell: Path) -> int | None:
+    """The process of a cell that has started to train."""
+    note = cell / "cell.json"
+    return int(json.loads(note.read_text())["pid"]) if note.is_file() else None
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """What ``condition`` gives, as soon as it does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def test_a_grid_from_beginning_to_end(tiny_grid: dict[str, Any], write: Write) -> None:
+    """Every cell is an ordinary run; the best rate is reported; nothing is run twice; a new seed is run alone; a cell
+    with another recipe is not mixed with the old ones."""
+    path = write(tiny_grid)
+    bench, said = run(path, workers=2)
+    output = Path(bench.grid.output)
+    assert len(bench.records) == bench.grid.total == 6 and not bench.lost
+    assert [record.role for record in bench.records] == ["choose"] * 4 + ["report"] * 2
+    assert read_records(output) == bench.records == collect(read_grid(path)).records
+    for record in bench.records:
+        recipe = RunFolder(output / record.folder).check_trained()
+        assert (recipe.method, recipe.seed) == (record.method, record.seed)
+        assert recipe.training.learning_rate == record.learning_rate
+        assert record.state == "done" and 0 <= record.score <= 1 and record.headline == "accuracy"
+        assert record.seconds and record.cpu_seconds and record.peak_bytes and not record.resumed
+        assert record.peak_bytes > 2**27  # torch alone takes more
+        assert "step 4 of 4" in (output / record.folder / "log.txt").read_text()
+        assert not list((output / record.folder).glob("checkpoints/*"))
+    lora = next(record for record in bench.records if record.method == "lora")
+    assert lora.parameters["adapter_saved"] == 2 * 2 * 64 == sum(lora.ranks.values()) * 64
+    for method in ("lora", "head"):
+        scores = {r.learning_rate: r.score for r in bench.records if (r.method, r.role) == (method, "choose")}
+        best = min(rate for rate in scores if scores[rate] == max(scores.values()))
+        assert [r.learning_rate for r in bench.records if (r.method, r.role) == (method, "report")] == [best]
+    lines = said.splitlines()
+    assert lines[0].startswith("tiny: 6 cells. Results in ") and len(lines) == 7
+    assert lines[1].startswith("[1 of 6] reviews, ") and "; 1 done, 5 left, about " in lines[1]
+    assert lines[-1].startswith("[6 of 6] reviews, ") and lines[-1].endswith("; 6 done")
+
+    before = times(output)
+    again, said = run(path)
+    assert again.records == bench.records and times(output) == before and said == ""
+
+    more, said = run(write(changed(tiny_grid, methods={"head": None}, seeds__report=[1, 2])))
+    assert "tiny: 4 cells, of which 3 are finished" in said
+    assert [record.seed for record in more.records] == [0, 0, 1, 2]
+    assert times(output).items() >= before.items()
+
+    with pytest.raises(BenchError, match=r"training\.weight_decay was 0\.0, is 0\.5\. Change it back, or .*`output`"):
+        run(write(changed(tiny_grid, base__training__weight_decay=0.5)))
+
+
+def test_broken_cells_do_not_stop_the_others(tiny_grid: dict[str, Any], write: Write) -> None:
+    """An error, a diverging loss, a killed process: each is recorded with its reason, and run again only when asked
+    for, from the beginning, with the recipe as it is then."""
+    methods: dict[str, Any] = {
+        "nowhere": {"method": "lora", "lora": {"target_modules": ["nothing"]}},
+        "killed": {"method": "head", "training": {"max_steps": 400}},
+        "head": None,
+    }
+    grid = changed(tiny_grid, methods=methods, budgets=[], learning_rates=[1e-3])
+    path = write(grid)
+    output = path.parent / "out"
+    victim = output / "cells/reviews/killed/no-budget/lr-0.001/seed-1"
+    with once(lambda: pid_of(victim), lambda pid: os.kill(pid, signal.SIGKILL)):
+        bench, said = run(path)
+    nowhere, killed, head = bench.records
+    assert (nowhere.state, killed.state, head.state) == ("failed", "failed", "done")
+    assert nowhere.failure and nowhere.failure.startswith("RecipeError: ") and "nothing" in nowhere.failure
+    assert killed.failure == "its process was ended by SIGKILL, as a system does that is out of memory"
+    assert "nowhere, learning rate 0.001, seed 1: failed: RecipeError" in said and "2 failed" in said
+    failure = json.loads((output / nowhere.folder / "failure.json").read_text())
+    assert any("RecipeError" in line for line in failure["tail"])
+    assert "Traceback" in (output / nowhere.folder / "log.txt").read_text()
+
+    before = times(output)
+    again, _ = run(path)
+    assert again.records == bench.records and times(output) == before
+
+    methods["nowhere"]["lora"]["target_modules"] = ["query"]
+    methods["killed"]["training"]["max_steps"] = 4
+    fixed, _ = run(write(changed(grid, methods=methods)), retry=True)
+    assert [record.state for record in fixed.records] == ["done"] * 3
+    assert not fixed.records[1].resumed and times(output).items() >= before.items()
+
+
+def test_a_group_without_any_result_is_not_reported(tiny_grid: dict[str, Any], write: Write) -> None:
+    """Both rates diverge, so there is none to report; the other method is not held up."""
+    lora = {"learning_rates": [1e30, 1e31], "training": {"logging_steps": 1}}
+    bench, _ = run(write(changed(tiny_grid, methods__lora=lora)), workers=2)
+    assert bench.lost == [Group("reviews", "lora", "rank 1")]
+    assert [(r.method, r.role, r.state) for r in bench.records if r.method == "lora"] == [
+        ("lora", "choose", "failed")
+    ] * 2
+    assert [r.state for r in bench.records if r.method == "head"] == ["done"] * 3
+    assert "lower training.learning_rate" in str(bench.records[0].failure)
+
+
+def test_a_cell_that_takes_too_long_is_stopped(tiny_grid: dict[str, Any], write: Write) -> None:
+    grid = changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], resources={"minutes": 0.1})
+    bench, _ = run(write(changed(grid, base__training__max_steps=1_000_000)))
+    (record,) = bench.records
+    assert record.failure == "it was stopped after 6 s, the limit of resources.minutes"
+    tail = json.loads((Path(bench.grid.output) / record.folder / "failure.json").read_text())["tail"]
+    assert any("training_step" in line for line in tail)  # where it was
+
+
+def test_an_interrupted_bench_stops_its_cells_and_goes_on_later(tiny_grid: dict[str, Any], write: Write) -> None:
+    grid = changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], base__training__max_steps=80)
+    path = write(changed(grid, base__training__save_steps=10))
+    cell = path.parent / "out/cells/reviews/head/no-budget/lr-0.001/seed-1"
+    with (
+        once(lambda: list(cell.glob("checkpoints/*/complete")), lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(path)
+    pid = pid_of(cell)
+    assert pid is not None and not is_alive(pid)
+    assert not (cell / "failure.json").exists() and not (cell / "metrics.json").exists()
+    bench, _ = run(path)
+    assert [(record.state, record.resumed) for record in bench.records] == [("done", True)]
+    assert json.loads((cell / "metrics.json").read_text())["resumed_from_step"] >= 10
+
+
+def test_killed_in_the_middle_and_started_again(tiny_grid: dict[str, Any], write: Write) -> None:
+    """A bench that is killed takes its cells with it; the next one finishes without repeating a finished cell."""
+    grid = changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], seeds__report=[1, 2, 3])
+    path = write(changed(grid, base__training__max_steps=60, base__training__save_steps=5))
+    folder = path.parent / "out/cells/reviews/head/no-budget/lr-0.001"
+    program = f"if __name__ == '__main__':\n from adalora.bench.runner import *\n run_bench(Path({str(path)!r}))"
+    (path.parent / "bench.py").write_text(program)
+    bench = subprocess.Popen([sys.executable, path.parent / "bench.py"], start_new_session=True)
+    until(lambda: list((folder / "seed-2").glob("checkpoints/*/complete")))
+    os.killpg(bench.pid, signal.SIGKILL)
+    bench.wait()
+    running = pid_of(folder / "seed-2")
+    until(lambda: running is not None and not is_alive(running))
+    before = times(path.parent / "out")
+    assert list(before) == [folder / "seed-1" / "metrics.json"]
+
+    finished, said = run(path)
+    assert "tiny: 3 cells, of which 1 are finished" in said
+    assert [(r.seed, r.state, r.resumed) for r in finished.records] == [
+        (1, "done", False),
+        (2, "done", True),
+        (3, "done", False),
+    ]
+    assert times(path.parent / "out").items() > before.items()
+
+
+def test_one_bench_in_one_folder(tiny_grid: dict[str, Any], write: Write) -> None:
+    path = write(tiny_grid)
+    (path.parent / "out").mkdir()
+    with (path.parent / "out" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BenchError, match="another bench writes to"):
+            run(path)
+
+
+def test_runs_of_others_are_not_touched(tiny_grid: dict[str, Any], write: Write) -> None:
+    path = write(changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3]))
+    cell = path.parent / "out/cells/reviews/head/no-budget/lr-0.001/seed-1"
+    cell.mkdir(parents=True)
+    (cell / "metrics.json").write_text("{}")
+    with pytest.raises(BenchError, match="holds a run that no bench started"):
+        run(path)
+
+
+def test_what_is_left_is_estimated_from_its_like() -> None:
+    def record(task: str, method: str, seconds: float | None) -> Record:
+        return Record(task, method, None, 1e-3, 1, "report", "done", "", "accuracy", seconds=seconds)
+
+    records = [record("a", "lora", 10), record("a", "lora", 20), record("a", "full", 100), record("b", "full", None)]
+    left = [Group("a", "lora", None), Group("a", "dora", None), Group("b", "lora", None)]
+    mean = 130 / 3
+    assert time_left(left, records, 2) == pytest.approx((15 + mean + mean) / 2)
+    assert time_left(left, records[3:], 2) is None
+    assert [duration(seconds) for seconds in (45, 700, 12000)] == ["45 s", "12 min", "3 h 20 min"]
+
+
+def test_cells_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert places(2, 0) == ["", ""]
+    assert places(8, 1) == ["0", "1", "2", "3"]
+    assert places(3, 2) == ["0,1", "2,3"]
+    assert places(5, 0.5) == ["0", "0", "1", "1", "2"]
+    with pytest.raises(BenchError, match="a cell wants 5 GPUs, and this machine has 4"):
+        places(1, 5)
