@@ -17,7 +17,7 @@ from datasets import ClassLabel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BartConfig, DebertaV2Config, PreTrainedConfig, PreTrainedTokenizerFast
 
-from adalora.data import read_rows
+from adalora.data import read_rows, sample
 from adalora.recipe import Recipe, read_raw, validate
 from adalora.training import completed, prepare, task_of, train
 
@@ -131,7 +131,7 @@ def on_local_rows(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def like_qqp(folder: Path) -> Path:
     """QQP is not among the benchmarks: rows of MRPC under its columns."""
-    rows = read_rows(str(benchmark_data("glue")), "train", "mrpc", max_rows=16)
+    rows = sample(read_rows(str(benchmark_data("glue")), "train", "mrpc"), 16)
     rows = rows.cast_column("label", ClassLabel(names=["not_duplicate", "duplicate"]))
     columns = {"sentence1": "question1", "sentence2": "question2"}
     (folder / "qqp").mkdir()

@@ -6,14 +6,12 @@ ends in one message on stderr and exit code 2, a failure at run time in exit cod
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -22,6 +20,7 @@ except ModuleNotFoundError:
 
 from . import __version__
 from .core.errors import AdaLoraError
+from .quiet import quieten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +135,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a finished run on its held-out rows, or on others with the same columns."""
-    _quieten()
+    quieten()
     from .files import to_json
     from .inference import evaluate_run
     from .report.terminal import console, metric_table
@@ -167,7 +166,7 @@ def predict(
     """Ask a finished run about texts."""
     if bool(text) == (file is not None):
         raise typer.BadParameter("give texts with --text, or a file of them with --file")
-    _quieten()
+    quieten()
     from .files import to_json
     from .inference import predict_run, rows_of_file, rows_of_texts, shown
     from .report.terminal import answer_table, console
@@ -185,30 +184,39 @@ def predict(
 @app.command()
 def bench(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Tasks, methods, budgets, learning rates, seeds.")],
-    workers: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cells at a time. Default: one here, all that fit on a cluster.", show_default=False),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Run on this Ray cluster; local: start one here.", show_default=False),
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Run broken cells again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run broken cells again, from the beginning.")] = False,
 ) -> None:
     """Compare methods on tasks at equal parameters, by a GRID, and write tables and pictures.
 
     One cell is one process and one folder. Finished cells are never run again, so the same command goes on after an
     interruption, and draws the tables anew.
     """
-    _quieten()
+    quieten()
+    from .bench.grid import read_grid
     from .bench.pages import write_results
-    from .bench.runner import run_bench
+    from .bench.runner import collect, run_bench
     from .report.terminal import console
 
     out = console()
     try:
         found = run_bench(grid, workers, ray, retry, out)
-        out.print(f"Tables and pictures: {write_results(found.grid, found.records)}", soft_wrap=True)
     except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on: finished cells are not run again.", err=True)
+        found = collect(read_grid(grid))
+        typer.echo(f"Interrupted. The same command goes on; so far: {write_results(*found[:2])}", err=True)
         raise typer.Exit(130) from None
+    out.print(f"Tables and pictures: {write_results(found.grid, found.records)}", soft_wrap=True)
+    failed = sum(record.state == "failed" for record in found.records)
+    if failed:
+        typer.echo(f"{failed} cells broke (failure.json in their folders says why): --retry runs them again", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -239,7 +247,7 @@ def export(
     lora: PEFT, vLLM and others. merged: one model for from_pretrained. gguf-ready: for llama.cpp's
     convert_lora_to_gguf.py. diffusers: for load_lora_weights of a pipeline.
     """
-    _quieten()
+    quieten()
     from . import serving
 
     found = serving.export(
@@ -255,7 +263,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
 ) -> None:
     """Make plain LoRA of a checkpoint of PEFT's AdaLoRA (peft_type ADALORA), of any version."""
-    _quieten()
+    quieten()
     from . import serving
 
     _show_exported(serving.convert(source, out, overwrite=overwrite))
@@ -313,7 +321,7 @@ def _recipe(file: Path | None, flags: dict[str, Any], assignments: list[str], re
 
 
 def _train(recipe: Recipe, mode: Mode) -> None:
-    _quieten()
+    quieten()
     from .progress import ShowProgress
     from .report import terminal
     from .training import prepare, train
@@ -385,34 +393,3 @@ def _method(prepared: Prepared) -> str:
     return (
         f"{prepared.recipe.method}: {len(ranks)} matrices, {spread} to begin with, {end} on average at the end; {size}"
     )
-
-
-def _quieten() -> None:
-    """Leave the terminal to us: the libraries' own bars, reports and warnings are for their developers."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that ask nobody; it is read when they are imported
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # speak up when PEFT imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning in a line; what is deprecated where is for developers."""
-    if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
-        typer.echo(f"Warning: {message}", err=True)

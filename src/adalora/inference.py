@@ -61,13 +61,15 @@ def rows_of_texts(folder: Path, texts: Sequence[str], pairs: Sequence[str] | Non
 
 def rows_of_file(folder: Path, file: Path) -> Dataset:
     """Rows that the run in ``folder`` can answer: lines of a .txt, or the columns of a data file that it was trained
-    on."""
-    task = _Run.of(folder).task
+    on, without what it should answer."""
+    run = _Run.of(folder)
+    task, target = run.task, run.recipe.data.label
     if file.suffix.lower() == ".txt":
         if not file.is_file():
             raise DataError(f"no file {file}")
         return task.rows_of([line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None)
     rows = read_rows(str(file), "train")
+    rows = rows.remove_columns([target]) if target in rows.column_names else rows
     task.check(rows, str(file), with_targets=False)
     return rows
 

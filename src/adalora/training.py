@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from . import methods, tasks
 from .core.errors import AdaLoraError
-from .data import DataError, digest, has_splits, read_rows
+from .data import DataError, digest, has_splits, read_rows, sample
 from .files import write_json, write_text
 from .methods import Adapted, Job, Method, head_modules
 from .methods.sizes import parse_budget
@@ -139,9 +139,9 @@ def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, 
     """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked."""
     data = recipe.data
     source = source or data.eval or data.train
-    rows = read_rows(source, split or data.eval_split, data.config, data.max_eval_rows)
+    rows = read_rows(source, split or data.eval_split, data.config)
     task.check(rows, source)
-    return rows
+    return sample(rows, data.max_eval_rows)
 
 
 def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
@@ -159,8 +159,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     task = task_of(recipe)
     if data.eval is None and not has_splits(data.train):
         raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
-    train_rows = read_rows(data.train, data.train_split, data.config, data.max_train_rows)
-    task.check(train_rows, data.train)
+    train_rows = read_rows(data.train, data.train_split, data.config)
+    task.check(train_rows, data.train)  # all of them, so that a fault is in the row that it names
+    train_rows = sample(train_rows, data.max_train_rows)
     task = task.fit(train_rows)
     eval_rows = read_evaluation_rows(recipe, task)
     baseline = task.baseline(eval_rows)
@@ -229,6 +230,8 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
 
     trainer = _SteadyTrainer(prepared, callbacks)
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+    if not math.isfinite(outcome.training_loss):  # since the last log
+        raise _diverged(outcome.training_loss, trainer.state.global_step)
     evaluations = _evaluations(trainer.state, prepared.task)
     if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -390,10 +393,13 @@ class _StopWhenNotFinite(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the training loss became {loss} by step {state.global_step}: lower training.learning_rate, "
-                "or train without fp16"
-            )
+            raise _diverged(loss, state.global_step)
+
+
+def _diverged(loss: float, step: int) -> TrainingError:
+    return TrainingError(
+        f"the training loss became {loss} by step {step}: lower training.learning_rate, or train without fp16"
+    )
 
 
 class _MarkComplete(TrainerCallback):

@@ -208,7 +208,7 @@ def test_an_interrupted_bench_stops_its_cells_and_goes_on_later(tiny_grid: dict[
 def test_killed_in_the_middle_and_started_again(tiny_grid: dict[str, Any], write: Write) -> None:
     """A bench that is killed takes its cells with it; the next one finishes without repeating a finished cell."""
     grid = changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], seeds__report=[1, 2, 3])
-    path = write(changed(grid, base__training__max_steps=60, base__training__save_steps=5))
+    path = write(changed(grid, base__training__max_steps=30, base__training__save_steps=10))
     folder = path.parent / "out/cells/reviews/head/no-budget/lr-0.001"
     program = f"if __name__ == '__main__':\n from adalora.bench.runner import *\n run_bench(Path({str(path)!r}))"
     (path.parent / "bench.py").write_text(program)

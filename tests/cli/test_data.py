@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from adalora.data import DataError, demo_reviews, digest, has_splits, read_rows
+from adalora.data import DataError, demo_reviews, digest, has_splits, read_rows, sample
 
 ROWS = {"text": ["one, two", "NA", "null"], "label": [0, 1, 0]}
 
@@ -58,7 +58,7 @@ def test_an_empty_field_is_missing_and_a_word_is_a_word(tmp_path: Path) -> None:
 def test_a_sample_is_fixed(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text\n" + "".join(f"row {index}\n" for index in range(50)))
-    first, second = (read_rows(str(path), "train", max_rows=10)["text"][:] for _ in range(2))
+    first, second = (sample(read_rows(str(path), "train"), 10)["text"][:] for _ in range(2))
     assert first == second and len(set(first)) == 10 and first != [f"row {index}" for index in range(10)]
 
 

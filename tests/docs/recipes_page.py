@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 
@@ -28,15 +29,61 @@ A recipe is a YAML file with everything that one training depends on. `adalora t
 file is a recipe, too.
 """
 
+TASKS = {
+    "classification": "one class for each text, or pair of texts",
+    "regression": "one number for each text, or pair of texts",
+    "multi_label": "any number of labels for each text, or pair of texts",
+    "token_classification": "one tag for each word, and the entities that tags spell",
+    "question_answering": "the part of a context that answers a question: SQuAD 1.1 and 2.0",
+    "summarization": "a short text that says what a long one says: XSum, CNN/DailyMail",
+    "data_to_text": "a text that says what another says: columns of your own",
+    "data_to_text/e2e": "E2E: the attributes of a restaurant as a text",
+    "data_to_text/webnlg": "WebNLG 2017: triples as a text; the four metrics also of seen and of unseen categories",
+    "data_to_text/dart": "DART: triples as a text",
+    "instruction": "conversations: the assistant's answers are learned",
+    "glue/cola": "is a sentence acceptable?",
+    "glue/sst2": "is a sentence positive or negative?",
+    "glue/mrpc": "do two sentences say the same?",
+    "glue/qqp": "do two questions ask the same?",
+    "glue/stsb": "how alike are two sentences, from 0 to 5?",
+    "glue/mnli": "does a premise entail a hypothesis?",
+    "glue/qnli": "does a sentence answer a question?",
+    "glue/rte": "does one sentence entail another?",
+    "glue/wnli": "does a sentence follow when a pronoun in the first is resolved?",
+}
+"""Every task in words."""
+
+METHODS = {
+    "adalora": "AdaLoRA: P Λ Q under a budget that goes where it matters",
+    "svd_lora": "P Λ Q at the target rank throughout, without allocation",
+    "lora_pruned": "LoRA whose doublets are pruned under the same budget",
+    "peft_adalora": "PEFT's own AdaLoRA, driven as it must be",
+    "lora": "LoRA",
+    "rslora": "LoRA at the scale alpha / sqrt(r)",
+    "dora": "LoRA with a trained norm for each output",
+    "pissa": "LoRA that starts from the largest singular triplets of the weights",
+    "eva": "LoRA that starts from the main directions of the inputs, which also spread the ranks",
+    "houlsby": "bottleneck adapters, two a layer",
+    "pfeiffer": "bottleneck adapters, one a layer",
+    "bitfit": "every bias",
+    "head": "the output layer alone",
+    "full": "every parameter",
+}
+"""Every method in words."""
+
+OF_ADALORA = """Fields of `AdaLoraConfig`, for the methods `adalora`, `svd_lora`, `lora_pruned` and `peft_adalora`. A
+length is steps (`500`), a fraction of all steps (`0.1`) or epochs (`"2 epochs"`); the [guide](guide.md) has more."""
+
+OF_LORA = "Ranks that stay as they are: the methods `lora`, `rslora`, `dora`, `pissa` and `eva`."
+
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("At the top", "", Recipe),
     ("`data`", "Which rows, and which of their columns.", DataSection),
-    ("`adalora`", "Fields of `AdaLoraConfig`. A length is steps (`500`), a fraction of all steps (`0.1`) or epochs "
-     "(`\"2 epochs\"`); the [guide](guide.md) has the rest.", AdaLoraSection),
-    ("`lora`", "Ranks that stay as they are.", LoraSection),
-    ("`bottleneck`", "", BottleneckSection),
+    ("`adalora`", OF_ADALORA, AdaLoraSection),
+    ("`lora`", OF_LORA, LoraSection),
+    ("`bottleneck`", "The methods `houlsby` and `pfeiffer`.", BottleneckSection),
     ("`training`", "Fields of Transformers' `TrainingArguments`.", TrainingSection),
-]  # fmt: skip
+]
 
 
 TRAIN_TYPE = """## `train_type: adalora`
@@ -81,8 +128,10 @@ def default(section: type[BaseModel], name: str) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or isinstance(value, BaseModel):
+    if value in (None, "", {}) or isinstance(value, BaseModel):
         return "–"
+    if isinstance(value, str):
+        return f"`{json.dumps(value)}`" if "\n" in value else f"`{value}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -95,22 +144,25 @@ def keys(section: type[BaseModel]) -> list[str]:
     return [*rows, ""]
 
 
-def summary(thing: object) -> str:
-    """The first sentence of a docstring."""
-    return " ".join((thing.__doc__ or "").partition("\n\n")[0].split())
-
-
 def of_tasks() -> list[str]:
-    parts = ["## Tasks\n", "| task | what | columns read | column answered | metrics, the headline first |"]
-    parts.append("|---|---|---|---|---|")
-    for name in tasks.names():
+    parts = [
+        "## Tasks\n",
+        "[tasks.md](tasks.md) has the data format of each, and commands that run. Columns and tokens are the defaults;",
+        "a model that reads fewer tokens has its own limit.\n",
+        "| task | what | columns read | column answered | tokens | metrics, the headline first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(tasks.names(), key=list(TASKS).index):
         task = tasks.get(name)
         read = ", ".join(f"`{column}`" for column in task.columns.of_text())
-        metrics = ", ".join(sorted(task.metric_names, key=lambda metric: metric != task.headline))
-        parts.append(f"| `{name}` | {summary(task)} | {read} | `{task.columns.label}` | {metrics} |")
+        of_parts = ("_seen", "_unseen")  # TASKS says that they are there
+        shown = [metric for metric in task.metric_names if not metric.endswith(of_parts)]
+        metrics = ", ".join(sorted(shown, key=lambda metric: metric != task.headline))
+        row = [f"`{name}`", TASKS[name], read, f"`{task.columns.label}`", str(task.max_length), metrics]
+        parts.append(f"| {' | '.join(row)} |")
     parts.append("")
     owners: dict[type[BaseModel], list[str]] = {}
-    for name in tasks.names():
+    for name in sorted(tasks.names(), key=list(TASKS).index):
         if tasks.get(name).options.model_fields:
             owners.setdefault(tasks.get(name).options, []).append(f"`{name}`")
     for options, names in owners.items():
@@ -120,11 +172,16 @@ def of_tasks() -> list[str]:
 
 
 def of_methods() -> list[str]:
-    parts = ["## Methods\n", "| method | what | section | takes a budget |\n|---|---|---|---|"]
-    for name in methods.names():
+    parts = [
+        "## Methods\n",
+        "[methods.md](methods.md) says what each trains and saves, how large it is, and how a budget finds its size.\n",
+        "| method | what | section | takes a budget |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted(methods.names(), key=list(METHODS).index):
         method = methods.get(name)
         section = f"`{method.section}`" if method.section else "–"
-        parts.append(f"| `{name}` | {summary(method)} | {section} | {'yes' if method.takes_budget else 'no'} |")
+        parts.append(f"| `{name}` | {METHODS[name]} | {section} | {'yes' if method.takes_budget else 'no'} |")
     return [*parts, ""]
 
 

@@ -332,7 +332,7 @@ def test_long_answers_are_not_compared_unless_asked_for(tokenizer: Any) -> None:
     model = tiny().eval()
     for setting, given in (("auto", False), (True, True), (False, False)):
         task = instruction(256, chat_template=TEMPLATE, exact_match=setting, max_new_tokens=2)
-        assert all(("text" in answer) == given for answer in task.predict(model, tokenizer, rows, 2))
+        assert all(("output" in answer) == given for answer in task.predict(model, tokenizer, rows, 2))
 
 
 def test_a_long_prompt_keeps_its_newest_turns_and_room_for_the_answer(tokenizer: Any) -> None:
@@ -343,7 +343,7 @@ def test_a_long_prompt_keeps_its_newest_turns_and_room_for_the_answer(tokenizer:
     assert chat.ask(all_turns, 120) == chat.ask(some, 120) and len(chat.ask(some, 120)) == 113
     assert chat.ask(one, 3) == chat.ask(one, 5)[-3:]
     task = instruction(max_length=512, chat_template=TEMPLATE, max_new_tokens=8)
-    assert set(task.predict(tiny(GPT2Config).eval(), tokenizer, chats(turns), batch_size=1)[0]) == {"text"}
+    assert set(task.predict(tiny(GPT2Config).eval(), tokenizer, chats(turns), batch_size=1)[0]) == {"output"}
     with pytest.raises(RecipeError, match=r"max_new_tokens \(128\) should be below 128"):
         instruction(chat_template=TEMPLATE, max_new_tokens=128).features(chats(TWO_TURNS), tokenizer, tiny())
 

@@ -221,6 +221,8 @@ def record_of(cell: Cell, output: Path) -> Record | None:
     usage = {key: note.get(key) for key in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes")}
     seconds = note.get("seconds", metrics["seconds"])  # without its own when it was killed right after training
     parts = {key: metrics[key] for key in ("headline", "metrics", "parameters", "ranks")}
+    for split, values in metrics["more_metrics"].items():  # such as the mismatched half of MNLI
+        parts["metrics"] |= {f"{name}, {split}": value for name, value in values.items()}
     return Record(**asdict(found) | usage | parts | {"seconds": seconds, "resumed": note["resumed"]})
 
 

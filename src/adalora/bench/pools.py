@@ -17,7 +17,7 @@ from .cells import Job, run_cell
 from .errors import BenchError
 from .grid import Resources
 
-_PRELOADED = ["adalora.training", "adalora.progress", "adalora.methods", "adalora.tasks"]
+_PRELOADED = ["adalora.bench.warm"]
 _GRACE = 5.0  # seconds that a process has to end when it is told to
 
 

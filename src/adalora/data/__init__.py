@@ -20,11 +20,11 @@ from .files import READERS, innermost, read_file
 from .folders import is_one_table, pick_split, read_folder
 from .reviews import demo_reviews
 
-__all__ = ["DataError", "demo_reviews", "digest", "has_splits", "read_rows"]
+__all__ = ["DataError", "demo_reviews", "digest", "has_splits", "read_rows", "sample"]
 
 
-def read_rows(source: str, split: str, config: str | None = None, max_rows: int | None = None) -> Dataset:
-    """The rows of ``split`` of ``source``; a fixed random sample of ``max_rows`` of them when there are more.
+def read_rows(source: str, split: str, config: str | None = None) -> Dataset:
+    """The rows of ``split`` of ``source``.
 
     Environment variables in ``source`` are replaced: ``${ADALORA_DATA}/glue/mrpc``. A single file has no splits: all
     of its rows are returned whatever ``split`` says.
@@ -34,9 +34,12 @@ def read_rows(source: str, split: str, config: str | None = None, max_rows: int 
     rows = _read(source, split, config)
     if len(rows) == 0:
         raise DataError(f"{source} ({split}) has no rows: training and evaluation need some of each")
-    if max_rows is not None and len(rows) > max_rows:
-        rows = rows.shuffle(seed=0).select(range(max_rows))
     return rows
+
+
+def sample(rows: Dataset, most: int | None) -> Dataset:
+    """A fixed random sample of ``most`` rows where there are more."""
+    return rows if most is None or len(rows) <= most else rows.shuffle(seed=0).select(range(most))
 
 
 def has_splits(source: str) -> bool:
