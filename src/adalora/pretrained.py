@@ -94,17 +94,29 @@ def load_model(model: str, task: Task, tokenizer: Any) -> PreTrainedModel:
     """The model with an output layer made for ``task``. RecipeError when it cannot have one."""
     source, form = locate(model), form_of(model, task)
     try:
-        loaded: PreTrainedModel = getattr(transformers, form.auto_class).from_pretrained(
-            **_place(source), **task.head(), ignore_mismatched_sizes=True
+        loaded: PreTrainedModel
+        loaded, found = getattr(transformers, form.auto_class).from_pretrained(
+            **_place(source), **task.head(), ignore_mismatched_sizes=True, output_loading_info=True
         )
     except _LOAD_ERRORS as error:
         raise _not_a_model(model, source, error, form.words) from error
+    if task.kind == "generation" and _output_names(loaded) & set(found["missing_keys"]):
+        raise RecipeError(
+            f"model {model} cannot be loaded as {form.words}: it has no output layer that was trained to write"
+        )
     if Path(source).suffix == ".gguf":  # plain float32 weights by now, which can be trained
         vars(loaded).update(is_quantized=False, hf_quantizer=None)
         del loaded.config.quantization_config
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _output_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters by which a language model says the next token."""
+    outputs: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    wanted = {id(parameter) for parameter in outputs.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
 def _place(source: str) -> dict[str, str]:

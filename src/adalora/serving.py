@@ -289,7 +289,11 @@ def _is_run(folder: Path) -> bool:
 
 def _read(source: Path) -> PlainAdapter:
     if _is_run(source) and not (source / "adapter_config.json").is_file():
-        RunFolder(source).check_trained()  # says what to do
+        method = RunFolder(source).check_trained().method  # says what to do
+        raise ConfigError(
+            f"the run in {source} was trained by method {method}, which leaves no LoRA adapter to export: "
+            "a `full` run is a whole model already, and the others are for comparison."
+        )
     return PlainAdapter.read(source)
 
 

@@ -485,3 +485,13 @@ def test_float16_overflow_names_the_tensor(adalora: Run, tmp_path: Path) -> None
     refused(adalora("export", tmp_path / "adapter", "out", "--dtype", "float16"), "lora_A", "bfloat16")
     merged = adalora("export", tmp_path / "adapter", "out", "--format", "merged", "--dtype", "float16")
     refused(merged, "too large for float16", "bfloat16")
+
+
+def test_a_method_that_leaves_no_lora_is_named(adalora: Run, tiny_model: Path, files: Path) -> None:
+    rows = ["--train", files / "train.csv", "--eval", files / "test.csv"]
+    short = ["--set", "training.max_steps=2", "--output", "head"]
+    done = adalora("train", "--model", tiny_model, *rows, "--method", "head", *short)
+    assert done.code == 0, done.err
+    refused = adalora("export", "head", "out")
+    assert refused.code == 2 and "trained by method head, which leaves no LoRA adapter" in refused.err
+    assert not Path("out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 
 from adalora import tasks
 from adalora.data import DataError
+from adalora.pretrained import load_model, load_tokenizer
 from adalora.recipe import RecipeError
 from adalora.tasks import Columns, Setup
 from adalora.tasks.generation import IGNORED, Pad
@@ -28,7 +30,7 @@ ROWS = Dataset.from_dict(
 CAUSAL = ("gpt2", "llama")
 
 
-def pieces(kind: str) -> tuple[Any, Any, Any]:
+def parts(kind: str) -> tuple[Any, Any, Any]:
     """A task, an untrained model and its tokenizer."""
     tokenizer = tokenizer_of(kind, [*ROWS["text"], *ROWS["target"]])
     return task_of("data_to_text", num_beams=1), model_of(kind, len(tokenizer)), tokenizer
@@ -40,7 +42,7 @@ def pieces(kind: str) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_learns_two_pairs_by_heart(kind: str) -> None:
     """The exact texts, in one batch and one by one, greedily and by beams: nothing is off by a token anywhere."""
-    task, model, tokenizer = pieces(kind)
+    task, model, tokenizer = parts(kind)
     assert overfit(task, model, tokenizer, ROWS, steps=45) < 0.2
     expected = [{"output": text} for text in ROWS["target"]]
     assert task.predict(model, tokenizer, ROWS, batch_size=2) == expected
@@ -53,7 +55,7 @@ def test_a_model_learns_two_pairs_by_heart(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_the_loss_of_a_causal_model_is_on_the_target_and_its_end(kind: str) -> None:
-    task, model, tokenizer = pieces(kind)
+    task, model, tokenizer = parts(kind)
     features = task.features(ROWS, tokenizer, model)
     assert set(features.column_names) == {"input_ids", "labels"}
     for row, text, target in zip(features, ROWS["text"], ROWS["target"], strict=True):
@@ -68,7 +70,7 @@ def test_the_loss_of_a_causal_model_is_on_the_target_and_its_end(kind: str) -> N
 @pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_the_labels_of_an_encoder_decoder_are_the_target_and_its_end(kind: str) -> None:
     """The decoder's input is the model's own shift of them, so the batch has none."""
-    task, model, tokenizer = pieces(kind)
+    task, model, tokenizer = parts(kind)
     features = task.features(ROWS, tokenizer, model)
     batch = task.collator(tokenizer, model)(list(features))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -83,7 +85,7 @@ def test_the_labels_of_an_encoder_decoder_are_the_target_and_its_end(kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_too_long_is_cut_and_the_target_stays(kind: str) -> None:
     """The input at ``max_length``, separator included; the target at ``max_target_length``, its end included."""
-    _, model, tokenizer = pieces(kind)
+    _, model, tokenizer = parts(kind)
     rows = Dataset.from_dict({"text": ["river " * 50], "target": ["pub " * 50]})
     task = task_of("data_to_text", max_length=12, max_target_length=8)
     row = task.features(rows, tokenizer, model)[0]
@@ -115,7 +117,7 @@ def test_a_causal_prompt_does_not_end_with_what_ends_a_text() -> None:
 
 
 def test_a_row_is_learned_from_once_for_each_reference() -> None:
-    task, model, tokenizer = pieces("gpt2")
+    task, model, tokenizer = parts("gpt2")
     rows = Dataset.from_dict({"text": ["a", "b"], "target": [["x", "y", " "], ["z"]]})
     features = task.features(rows, tokenizer, model)
     assert [tokenizer.decode(row["input_ids"]) for row in features] == ["a\nx</s>", "a\ny</s>", "b\nz</s>"]
@@ -127,7 +129,7 @@ def test_a_row_is_learned_from_once_for_each_reference() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_change_an_answer(kind: str) -> None:
     """Whatever stands beside a row in its batch: of a model that has half learned, and is sure of nothing."""
-    _, model, tokenizer = pieces(kind)
+    _, model, tokenizer = parts(kind)
     task = task_of("data_to_text", num_beams=1, min_target_length=8, max_target_length=8)
     overfit(task, model, tokenizer, ROWS, steps=20)
     rows = Dataset.from_dict({"text": ["near", "name : Blue Spice | near : the river", "the old city", "Fyne"]})
@@ -138,7 +140,7 @@ def test_padding_does_not_change_an_answer(kind: str) -> None:
 
 
 def test_each_input_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, model, tokenizer = pieces("gpt2")
+    task, model, tokenizer = parts("gpt2")
     sizes: list[int] = []
     generate = model.generate
     monkeypatch.setattr(
@@ -153,7 +155,7 @@ def test_each_input_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_answering_leaves_random_numbers_and_the_model_as_they_were() -> None:
     """A model in training, which says of itself to sample, is put back as it was and did not sample."""
-    task, model, tokenizer = pieces("llama")
+    task, model, tokenizer = parts("llama")
     own = GenerationConfig(do_sample=True, temperature=0.7, top_k=3, max_length=7, eos_token_id=END, pad_token_id=PAD)
     model.generation_config = own
     model.train()
@@ -168,7 +170,7 @@ def test_answering_leaves_random_numbers_and_the_model_as_they_were() -> None:
 @pytest.mark.parametrize("kind", ["bart", "llama"])
 def test_a_wrapped_model_answers_with_its_adapter(kind: str) -> None:
     """PEFT's wrapper generates as the model inside does."""
-    task, model, tokenizer = pieces(kind)
+    task, model, tokenizer = parts(kind)
     overfit(task, model, tokenizer, ROWS, steps=45)
     form = "CAUSAL_LM" if kind in CAUSAL else "SEQ_2_SEQ_LM"
     config = LoraConfig(r=2, target_modules="all-linear", task_type=form, init_lora_weights=False)
@@ -181,7 +183,7 @@ def test_a_wrapped_model_answers_with_its_adapter(kind: str) -> None:
 
 
 def test_options_of_the_search_reach_it() -> None:
-    _, model, tokenizer = pieces("gpt2")
+    _, model, tokenizer = parts("gpt2")
     says = model.transformer.ln_f
     torch.nn.init.zeros_(says.weight)
     says.bias.data = 10 * model.lm_head.weight[tokenizer(" river")["input_ids"][0]].detach()  # whatever it reads
@@ -218,19 +220,19 @@ def test_lengths_that_the_model_has_no_room_for() -> None:
         ("bart", {"max_length": 100, "max_target_length": 200}, "options.max_target_length should be 128 at most"),
         ("llama", {"max_length": 4, "separator": "12345"}, "leaves no room beside options.separator"),
     ]:
-        _, model, tokenizer = pieces(kind)
+        _, model, tokenizer = parts(kind)
         task = task_of("data_to_text", **options)
         with pytest.raises(RecipeError, match=message):
             task.features(ROWS, tokenizer, model)
         with pytest.raises(RecipeError, match=message):
             task.predict(model, tokenizer, ROWS, 2)
     for kind in ("bart", "t5"):
-        _, model, tokenizer = pieces(kind)
+        _, model, tokenizer = parts(kind)
         assert len(task_of("data_to_text", max_length=100, max_target_length=100).features(ROWS, tokenizer, model)) == 2
 
 
 def test_a_tokenizer_without_an_end() -> None:
-    task, model, tokenizer = pieces("gpt2")
+    task, model, tokenizer = parts("gpt2")
     tokenizer.eos_token = None
     with pytest.raises(RecipeError, match="no end-of-text token"):
         task.features(ROWS, tokenizer, model)
@@ -263,3 +265,10 @@ def test_rows_that_cannot_be_read(column: str, values: list[Any], message: str) 
         task_of("data_to_text").check(rows, "here")
     if column == "target":
         task_of("data_to_text").check(rows, "here", with_targets=False)
+
+
+def test_an_encoder_is_no_language_model(pieces: Path) -> None:
+    """Transformers would give it an output layer of random numbers, and train that."""
+    tokenizer = load_tokenizer(str(pieces))
+    with pytest.raises(RecipeError, match="no output layer that was trained to write"):
+        load_model(str(pieces), task_of("summarization"), tokenizer)
