@@ -25,15 +25,13 @@ import peft
 import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
-from transformers import DataCollatorWithPadding, set_seed
 
-from adalora import AdaLoraCallback, allocator, export_lora
 from adalora.core.triplets import from_product
 from adalora.files import write_json
 from adalora.hf.plain import PlainAdapter
 from adalora.pretrained import load_model
 from adalora.recipe import demo_raw, validate, with_values
-from adalora.training import Prepared, _SteadyTrainer, prepare
+from adalora.training import Prepared, prepare, train
 
 RANKS = (2, 1)  # average ranks to cut to; the adapters are trained at 4
 ORDERS = {  # method -> order -> what is kept
@@ -53,42 +51,15 @@ Batches = list[dict[str, torch.Tensor]]
 Ranked = dict[str, torch.Tensor]  # matrix -> one number for each of its triplets
 
 
-def plan(seed: int, rate: float | None = None) -> Prepared:
-    """The demo's recipe, ready to train."""
-    values: dict[str, Any] = {"seed": seed, "output": tempfile.mkdtemp(), "training.eval_strategy": "no"}
+def plan(method: str, seed: int, folder: Path, rate: float | None = None) -> Prepared:
+    """The demo's recipe by this method at rank 4, ready to train in ``folder``."""
+    values: dict[str, Any] = {"seed": seed, "output": str(folder), "training.eval_strategy": "no"}
+    raw = demo_raw()
+    if method == "lora":  # the same matrices and scale
+        raw["lora"] = {"r": 4, **raw.pop("adalora")}
     if rate is not None:
         values["training.learning_rate"] = rate
-    return prepare(validate(with_values(demo_raw(), values), "the demo"))
-
-
-def train(method: str, seed: int, folder: Path, rate: float | None = None) -> None:
-    """Train one adapter and save it as plain LoRA, unless it is there already."""
-    if (folder / "adapter_config.json").is_file():
-        return
-    prepared = plan(seed, rate)
-    ours, model = prepared.recipe.adalora, prepared.model
-    if method == "lora":
-        alpha = ours.target_r * ours.lora_alpha / ours.init_r  # the same s
-        where = {"target_modules": ours.target_modules, "exclude_modules": ours.exclude_modules}
-        set_seed(seed)
-        base = load_model(prepared.recipe.model, prepared.task, prepared.tokenizer)
-        config = peft.LoraConfig(task_type="SEQ_CLS", r=ours.target_r, lora_alpha=alpha, **where)
-        model = peft.get_peft_model(base, config)
-        assert set(lora_layers(model)) == {t.name for t in allocator(prepared.model).triplets}
-    prepared.arguments.save_strategy = "no"
-    _SteadyTrainer(
-        lengths=[len(tokens) for tokens in prepared.train["input_ids"]],
-        model=model,
-        args=prepared.arguments,
-        train_dataset=prepared.train,
-        data_collator=DataCollatorWithPadding(prepared.tokenizer),
-        callbacks=[AdaLoraCallback()] if method == "adalora" else [],
-    ).train()
-    folder.mkdir(parents=True, exist_ok=True)
-    if method == "adalora":
-        export_lora(model, folder)
-    else:
-        model.save_pretrained(str(folder))
+    return prepare(validate(with_values(raw, {**values, "method": method}), "the demo"), "overwrite")
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -167,8 +138,14 @@ def choose(ranked: Ranked, budget: int, each: bool) -> Ranked:
     return {name: largest(values, count) for (name, values), count in zip(ranked.items(), counts, strict=True)}
 
 
+def features(prepared: Prepared) -> Any:
+    """The held-out rows as the model reads them, the longest first."""
+    found = prepared.task.features(prepared.evaluation, prepared.tokenizer, prepared.model)
+    return found.select(sorted(range(len(found)), key=lambda row: -len(found["input_ids"][row])))
+
+
 def batches_of(rows: Any, prepared: Prepared, size: int) -> Batches:
-    collate = DataCollatorWithPadding(prepared.tokenizer)
+    collate = prepared.task.collator(prepared.tokenizer, prepared.model)
     return [dict(collate([rows[j] for j in range(i, min(i + size, len(rows)))])) for i in range(0, len(rows), size)]
 
 
@@ -180,8 +157,8 @@ def measure(method: str, folder: Path, prepared: Prepared, batches: int, full_on
     missing = [(order, rank) for order, rank in [("full", 4), *cuts] if f"{order} @ {rank}" not in found]
     if not missing:
         return found
-    adapter, matrices = Adapter(method, folder, prepared), len(allocator(prepared.model).triplets)
-    ranked, held_out = {}, batches_of(prepared.evaluation, prepared, 64)
+    adapter, matrices = Adapter(method, folder, prepared), len(prepared.initial_ranks)
+    ranked, held_out = {}, batches_of(features(prepared), prepared, 64)
     labels = torch.cat([batch["labels"] for batch in held_out])
     adapter.keep(None)
     full = adapter.log_probabilities(held_out)
@@ -243,11 +220,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="training batches of 32 rows for `sensitivity`")
     parser.add_argument("--output", type=Path, default=Path("runs/nested_ranks"))
     options = parser.parse_args()
-    prepared = plan(0)  # the rows are the same for every seed
+    prepared = plan("adalora", 0, Path(tempfile.mkdtemp()))  # the rows are the same for every seed
 
     def run(method: str, seed: int, rate: float | None = None, full_only: bool = False) -> dict[str, Any]:
         folder = options.output / f"{method}{'' if rate is None else f'-{rate:g}'}-seed{seed}"
-        train(method, seed, folder, rate)
+        if not (folder / "metrics.json").is_file():
+            train(plan(method, seed, folder, rate))
         return measure(method, folder, prepared, options.batches, full_only)
 
     tuning = {rate: run("lora", options.seeds[0], rate, full_only=True)["full @ 4"] for rate in options.lora_rates}

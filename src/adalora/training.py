@@ -18,21 +18,9 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from . import methods, tasks
-from .core.errors import AdaLoraError
 from .data import DataError, digest, has_splits, read_rows, sample
 from .files import write_json, write_text
 from .methods import Adapted, Job, Method, head_modules
@@ -40,18 +28,15 @@ from .methods.sizes import parse_budget
 from .pretrained import Form, form_of, load_model, load_tokenizer, locate, longest
 from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, dump, validated
 from .report.ranks import draw_ranks, read_trace
-from .runs import COMPLETE, Mode, RunError, RunFolder
+from .runs import Mode, RunError, RunFolder
 from .tasks import Signed, Task
+from .trainer import SteadyTrainer, diverged
 
 _PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
 _LONGEST_EXAMPLE = 200  # characters
 
 _FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit", "facts.versions"}
 """Keys that may differ when a run is resumed: they do not reach the weights."""
-
-
-class TrainingError(AdaLoraError, RuntimeError):
-    """Training itself went wrong."""
 
 
 @dataclass
@@ -228,23 +213,31 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         folder.drop_checkpoints(after=prepared.resumed_step)
     write_text(folder.recipe, dump(recipe))
 
-    trainer = _SteadyTrainer(prepared, callbacks)
+    trainer = SteadyTrainer(
+        prepared.task,
+        prepared.tokenizer,
+        prepared.evaluation,
+        model=prepared.model,
+        args=prepared.arguments,
+        train_dataset=prepared.train,
+        callbacks=[*prepared.adapted.callbacks, *callbacks],
+        group_by_length=recipe.training.group_by_length,
+        averages_over_items=prepared.form.task_type == "CAUSAL_LM",
+    )
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
     if not math.isfinite(outcome.training_loss):  # since the last log
-        raise _diverged(outcome.training_loss, trainer.state.global_step)
-    evaluations = _evaluations(trainer.state, prepared.task)
-    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        raise diverged(outcome.training_loss, trainer.state.global_step)
+    if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-        evaluations = _evaluations(trainer.state, prepared.task)
 
     prepared.adapted.save(folder.path)
     if folder.trace.is_file():
         draw_ranks(read_trace(folder.trace), folder.picture, f"Learned ranks: {recipe.model} on {recipe.data.train}")
     metrics = {
         **_about(prepared),
-        "metrics": evaluations[-1]["metrics"],
+        "metrics": trainer.evaluations[-1]["metrics"],
         "more_metrics": {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()},
-        "evaluations": evaluations,
+        "evaluations": trainer.evaluations,
         "training_loss": outcome.training_loss,
         "steps": trainer.state.global_step,
         "seconds": round(outcome.metrics["train_runtime"], 1),
@@ -319,97 +312,6 @@ def _batches(features: Dataset, collate: Any, size: int, seed: int) -> Iterator[
         yield collate([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
 
 
-class _SteadyTrainer(Trainer):
-    """A Trainer that evaluates as ``adalora evaluate`` does, and whose training does not depend on when it evaluates,
-    nor on where it was interrupted.
-
-    With ``group_by_length``, batches hold rows of like length, in an order that the seed and the epoch alone decide.
-    (The stock sampler draws it from the random state of the moment, which a resumed run does not have.)
-    """
-
-    def __init__(self, prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> None:
-        grouped = prepared.recipe.training.group_by_length
-        self._lengths = [len(tokens) for tokens in prepared.train["input_ids"]] if grouped else None
-        self._prepared = prepared
-        super().__init__(
-            model=prepared.model,
-            args=prepared.arguments,
-            train_dataset=prepared.train,
-            eval_dataset=prepared.evaluation,
-            data_collator=prepared.task.collator(prepared.tokenizer, prepared.model),  # type: ignore[arg-type]
-            callbacks=[*prepared.adapted.callbacks, _StopWhenNotFinite(), *callbacks, _MarkComplete()],
-        )
-        self.remove_callback(PrinterCallback)
-        # Other models take the number of items in accumulated batches, too, and then average over one batch alone.
-        self.model_accepts_loss_kwargs = prepared.form.auto_class == "AutoModelForCausalLM"
-
-    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
-        """Metrics on the held-out rows, logged as a Trainer does."""
-        metrics = {f"eval_{name}": value for name, value in self.measure(self._prepared.evaluation).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def measure(self, rows: Dataset) -> dict[str, float]:
-        """Metrics on ``rows``. Leaves the random state and the model's mode as they were."""
-        task, size = self._prepared.task, self.args.eval_batch_size
-        assert self.model is not None
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(), self.autocast_smart_context_manager():
-                return task.metrics(task.predict(self.model, self._prepared.tokenizer, rows, size), rows)
-        finally:
-            self.model.train(training)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self._lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _ByLength(batch, self._lengths, self.args.seed)
-
-
-class _ByLength(LengthGroupedSampler):
-    """Transformers' sampler with an order that depends on seed and epoch alone."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Any:
-        self.generator.manual_seed(self._seed * 1_000_003 + self._epoch)
-        return super().__iter__()  # type: ignore[no-untyped-call]
-
-
-class _StopWhenNotFinite(TrainerCallback):
-    """A loss that is nan or infinite does not come back: stop instead of training on nothing."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise _diverged(loss, state.global_step)
-
-
-def _diverged(loss: float, step: int) -> TrainingError:
-    return TrainingError(
-        f"the training loss became {loss} by step {step}: lower training.learning_rate, or train without fp16"
-    )
-
-
-class _MarkComplete(TrainerCallback):
-    """The last callback: whatever a checkpoint should hold is in it now."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
 def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     settings = recipe.training.model_dump(exclude={"group_by_length", "eval_steps", "save_steps", "warmup_steps"})
     settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
@@ -452,20 +354,3 @@ def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:
             f"Change it back (adalora train --resume --output {folder.path} takes the run's own recipe), "
             "or start over with --overwrite"
         )
-
-
-def _evaluations(state: TrainerState, task: Task) -> list[dict[str, Any]]:
-    """Step, epoch and metrics of each evaluation so far."""
-    return [
-        {
-            "step": entry["step"],
-            "epoch": entry["epoch"],
-            "metrics": {
-                key.removeprefix("eval_"): value
-                for key, value in entry.items()
-                if key.startswith("eval_") and key.removeprefix("eval_") in task.metric_names
-            },
-        }
-        for entry in state.log_history
-        if f"eval_{task.headline}" in entry
-    ]
