@@ -13,6 +13,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -59,6 +60,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,  # a random encoder that tells its words apart
         max_position_embeddings=32,
     )
+    torch.manual_seed(0)  # a fixture of the whole session comes before the seed of a test
     BertModel(config).save_pretrained(folder)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -43,5 +44,6 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,  # a random encoder that tells its letters apart
         max_position_embeddings=32,
     )
+    torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
     return folder
