@@ -26,6 +26,8 @@ def quieten() -> None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # PEFT asks whether the vocabulary has grown, and cannot tell of a GGUF file; ours never does.
+    warnings.filterwarnings("ignore", "Could not find a config file in")
     warnings.showwarning = _show_warning
 
 
