@@ -287,8 +287,8 @@ def _example(prepared: Prepared) -> dict[str, str]:
     options = {"text": str(data.text)} | ({"text-pair": data.text_pair} if data.text_pair else {})
     for row in rows.select(range(min(len(rows), 50))) if set(options.values()) <= set(rows.column_names) else ():
         example = {option: row[column] for option, column in options.items()}
-        one_line = all(isinstance(text, str) and "\n" not in text for text in example.values())
-        if one_line and sum(map(len, example.values())) <= _LONGEST_EXAMPLE:
+        plain = all(isinstance(text, str) and not set("'\n") & set(text) for text in example.values())
+        if plain and sum(map(len, example.values())) <= _LONGEST_EXAMPLE:
             return example
     return {}
 
