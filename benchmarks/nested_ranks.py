@@ -29,9 +29,11 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from adalora.core.triplets import from_product
 from adalora.files import write_json
 from adalora.hf.plain import PlainAdapter
+from adalora.preparation import Prepared, prepare
 from adalora.pretrained import load_model
-from adalora.recipe import demo_raw, validate, with_values
-from adalora.training import Prepared, prepare, train
+from adalora.recipe import validate
+from adalora.recipe_text import demo_raw, with_values
+from adalora.training import train
 
 RANKS = (2, 1)  # average ranks to cut to; the adapters are trained at 4
 ORDERS = {  # method -> order -> what is kept

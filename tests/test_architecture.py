@@ -20,8 +20,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A room may import from rooms to its left, and from its neighbours: core <- hf <- WORKSHOPS <- DOORS. PLAIN ones know
 # neither PEFT nor the allocator and serve workshops and doors. Every room may use adalora.core.errors.
-PLAIN = {"tasks", "report", "recipe", "data", "files", "pretrained", "progress", "quiet", "runs"}
-WORKSHOPS = {"methods", "trainer", "training", "inference", "serving"}
+PLAIN = {"tasks", "report", "recipe", "recipe_text", "data", "files", "pretrained", "progress", "quiet", "runs"}
+WORKSHOPS = {
+    "announcement",
+    "directions",
+    "inference",
+    "inspection",
+    "methods",
+    "monitoring",
+    "preparation",
+    "reporters",
+    "serving",
+    "trainer",
+    "training",
+}
 DOORS = {"bench", "cli", "__main__"}
 ARROWS: dict[str, set[str]] = {
     "core": set(),

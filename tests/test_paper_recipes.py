@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BartConfig, DebertaV2Config, PreTrainedConfig, PreTrainedTokenizerFast
 
 from adalora.data import read_rows, sample
-from adalora.recipe import Recipe, read_raw, validate
-from adalora.training import completed, prepare, task_of, train
+from adalora.preparation import completed, prepare, task_of
+from adalora.recipe import Recipe, validate
+from adalora.recipe_text import read_raw
+from adalora.training import train
 
 from .data import benchmark_data
 

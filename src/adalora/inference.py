@@ -12,11 +12,11 @@ from torch import nn
 
 from . import methods
 from .data import DataError, read_rows
+from .preparation import completed, read_evaluation_rows, task_of
 from .pretrained import load_model, load_tokenizer
 from .recipe import Recipe
 from .runs import RunFolder
 from .tasks import Answer, Task
-from .training import completed, read_evaluation_rows, task_of
 
 
 class Evaluation(NamedTuple):

@@ -11,7 +11,6 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -42,6 +41,11 @@ def _check_fraction_or_count(value: float) -> float:
     if value >= 1 and value != int(value):
         raise ValueError("should be a whole number of steps, or a fraction of all steps below 1")
     return value
+
+
+def _as_list(value: object) -> object:
+    """One name may stand without brackets."""
+    return [value] if isinstance(value, str) else value
 
 
 Steps = Annotated[int | float | str, BeforeValidator(_check_steps)]
@@ -170,6 +174,11 @@ class TrainingSection(_Section):
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate on the way.")
     eval_steps: Interval | None = Field(None, description="With eval_strategy steps: how often.")
     logging_steps: int = Field(10, ge=1, description="Steps between two values of the training loss.")
+    report_to: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [],
+        description="Where metrics and ranks are reported to, by names that Transformers knows: tensorboard (its "
+        "files lie in the run's folder), wandb, trackio, mlflow, ...",
+    )
     save_steps: Interval = Field(0.1, gt=0, description="Steps, or fraction of all steps, between two checkpoints.")
     save_total_limit: int = Field(2, ge=2, description="Checkpoints to keep; resuming needs two.")
 
@@ -232,7 +241,7 @@ TRAIN_TYPE_KEYS: dict[str, int | float] = {
 """Top-level keys of trainers that choose AdaLoRA by ``train_type: adalora``, and what they default to there."""
 
 
-def _in_sections(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+def in_sections(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A copy of ``raw`` whose keys of ``TRAIN_TYPE_KEYS`` are where ours are; those left out get their defaults.
 
     Raises:
@@ -262,107 +271,12 @@ def _field(key: str) -> str:
     return key.removeprefix("adalora_")
 
 
-# --- from and to YAML -------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where people expect it: ``no`` is a word, 1e-3 a number; a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value that ``text`` says; RecipeError naming ``source`` and the line when it is not YAML."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{source} is not valid YAML{where}: {reason}") from error
-
-
-def read_raw(path: Path) -> dict[str, Any]:
-    """A recipe file as plain dictionaries in our sections, not yet validated."""
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}: give the path of a YAML file, or none at all for the demo")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a recipe: a recipe is a YAML text file") from error
-    raw = parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} is not a recipe: expected keys such as `model:` and `data:` at the top")
-    return _in_sections(raw, str(path))
-
-
-def demo_raw() -> dict[str, Any]:
-    """The built-in demo, which ``recipes/rotten_tomatoes.yaml`` spells out."""
-    return {
-        "model": DEMO_MODEL,
-        "output": "runs/rotten_tomatoes",
-        "data": {"train": DEMO_REVIEWS, "max_length": 128},
-        "adalora": {"exclude_modules": ["pooler.dense"]},
-        "training": {"learning_rate": 5e-3},
-    }
-
-
-def assigned(assignments: Iterable[str]) -> dict[str, Any]:
-    """The value at each dotted key of ``key=value`` texts, values read as YAML.
-
-    Those of ``TRAIN_TYPE_KEYS`` are named as ours are, so that they replace what a recipe says in either spelling.
-    """
-    values: dict[str, Any] = {}
-    spelled: dict[str, str] = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise RecipeError(f"--set {assignment}: expected KEY=VALUE, such as --set training.learning_rate=1e-3")
-        place = f"adalora.{_field(key)}" if key in TRAIN_TYPE_KEYS else key
-        if spelled.setdefault(place, key) != key:
-            raise RecipeError(f"--set {assignment}: {key} is the same as {spelled[place]}: give one of the two")
-        if place != key:
-            values.setdefault("train_type", TRAIN_TYPE)
-        values[place] = parse_yaml(value, f"--set {assignment}")
-    return values
-
-
-def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``raw`` with the value at each dotted key replaced."""
-    result = dict(raw)
-    for key, value in values.items():
-        head, _, rest = key.partition(".")
-        if not rest:
-            result[head] = value
-            continue
-        section = result.get(head) or {}
-        if not isinstance(section, Mapping):
-            raise RecipeError(f"{key}: `{head}` is a single value, not a section")
-        result[head] = with_values(section, {rest: value})
-    return result
+# --- from and to plain values ------------------------------------------------------------------------
 
 
 def validate(raw: Mapping[str, Any], source: str) -> Recipe:
     """The recipe that ``raw`` describes; RecipeError with one line for each fault."""
-    return validated(Recipe, _in_sections(raw, source), source)
+    return validated(Recipe, in_sections(raw, source), source)
 
 
 def validated(kind: type[_M], raw: Any, source: str, prefix: str = "") -> _M:
@@ -377,8 +291,8 @@ def validated(kind: type[_M], raw: Any, source: str, prefix: str = "") -> _M:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that ``read_raw`` and ``validate`` turn back into an equal one. Sections of methods that were
-    not given are left out: the recipe's own method may have no use for them."""
+    """The recipe as YAML that ``recipe_text.read_raw`` and ``validate`` turn back into an equal one. Sections of
+    methods that were not given are left out: the recipe's own method may have no use for them."""
     absent = {section for section in METHOD_SECTIONS if section not in recipe.model_fields_set}
     values = recipe.model_dump(exclude_none=True, exclude=absent)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
@@ -386,16 +300,17 @@ def dump(recipe: Recipe) -> str:
 
 def differences(before: Recipe, after: Recipe, ignore: Iterable[str] = ()) -> list[str]:
     """The dotted keys whose values differ, each with both values, apart from those in ``ignore``."""
-    old, new = dict(_flat(before.model_dump())), dict(_flat(after.model_dump()))
+    old, new = dict(flat(before.model_dump())), dict(flat(after.model_dump()))
     ignored = tuple(f"{key}." for key in ignore)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not f"{key}.".startswith(ignored)]
     return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested sections, each with its value."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

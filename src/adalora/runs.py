@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .core.errors import AdaLoraError
-from .recipe import Recipe, read_raw, validate
+from .recipe import Recipe, validate
+from .recipe_text import read_raw
 
 Mode = Literal["new", "overwrite", "resume"]
 
@@ -44,10 +45,24 @@ class RunFolder(NamedTuple):
         return self.path / "ranks.png"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def directions(self) -> Path:
+        """How magnitude and direction of the weights changed, where that was analysed."""
+        return self.path / "directions.json"
+
+    @property
     def learned(self) -> list[Path]:
         """What methods write when training is done: an adapter, or a whole model."""
         names = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json")
         return [*(self.path / name for name in names), *sorted(self.path.glob("model*.safetensors*"))]
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, where a recipe asks for them."""
+        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -94,8 +109,11 @@ class RunFolder(NamedTuple):
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        for file in (self.metrics, *self.learned, self.picture, self.trace, self.recipe):
+        drawn = (self.report, self.directions, self.picture)
+        for file in (self.metrics, *self.learned, *drawn, self.trace, self.recipe):
             file.unlink(missing_ok=True)
+        for file in self.tensorboard.glob("events.out.tfevents.*"):
+            file.unlink()
         self.drop_checkpoints(after=-1)
 
     def drop_checkpoints(self, after: int) -> None:

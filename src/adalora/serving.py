@@ -18,10 +18,10 @@ from .core.errors import ConfigError
 from .hf.convert import read_peft_adalora
 from .hf.files import replacing
 from .hf.plain import DTYPES, PlainAdapter
+from .preparation import completed, task_of
 from .pretrained import load_model, load_tokenizer, locate
 from .recipe import RecipeError
 from .runs import RunError, RunFolder
-from .training import completed, task_of
 
 FORMATS = ("lora", "merged", "gguf-ready", "diffusers")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -1,207 +1,37 @@
-"""One run of a recipe: validate everything, train with Transformers' Trainer, write the run's folder.
+"""One run of a recipe, trained with Transformers' Trainer and written into its folder.
 
-``prepare`` reads and checks, and writes nothing. ``train`` writes the recipe first and the metrics last, so a run that
-dies can be told from one that is done, and ``--resume`` continues it to the same bits.
+The recipe is written first and the metrics last, so a run that dies can be told from one that is done, and ``--resume``
+continues it to the same bits.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors import safe_open
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback
 
-from . import methods, tasks
-from .data import DataError, digest, has_splits, read_rows, sample
+from . import reporters
 from .files import write_json, write_text
-from .methods import Adapted, Job, Method, head_modules
-from .methods.sizes import parse_budget
-from .pretrained import Form, form_of, load_model, load_tokenizer, locate, longest
-from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, dump, validated
-from .report.ranks import draw_ranks, read_trace
-from .runs import Mode, RunError, RunFolder
-from .tasks import Signed, Task
+from .preparation import Prepared
+from .pretrained import locate
+from .recipe import dump
+from .report.ranks import draw_ranks
+from .report.run import read_trace
+from .tasks import Signed
 from .trainer import SteadyTrainer, diverged
 
-_PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _LONGEST_EXAMPLE = 200  # characters
-
-_FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit", "facts.versions"}
-"""Keys that may differ when a run is resumed: they do not reach the weights."""
-
-
-@dataclass
-class Prepared:
-    """A run that can start: everything is read and checked, nothing is written."""
-
-    recipe: Recipe  # as resolved
-    mode: Mode
-    folder: RunFolder
-    task: Task
-    tokenizer: Any
-    form: Form
-    adapted: Adapted
-    train: Dataset  # features
-    evaluation: Dataset  # rows
-    more_evaluations: dict[str, Dataset]  # rows, by split
-    arguments: TrainingArguments
-    total_steps: int
-    baseline: tuple[str, dict[str, float]] | None
-    checkpoint: Path | None  # to resume from
-    initial_ranks: dict[str, int]  # of each adapted matrix; empty without ranks
-    head_parameters: int  # of the output layer that the task made
-    trainable_parameters: int  # the output layer's included
-    frozen_parameters: int
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that is trained."""
-        return self.adapted.model
-
-    @property
-    def schedule(self) -> str:
-        """What will happen to the budget, in words."""
-        return self.adapted.schedule
-
-    @property
-    def finished(self) -> dict[str, Any] | None:
-        """What ``metrics.json`` says, when the run to resume is finished already."""
-        if self.mode != "resume" or not self.folder.metrics.is_file():
-            return None
-        found: dict[str, Any] = json.loads(self.folder.metrics.read_text(encoding="utf-8"))
-        return found
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that one optimizer step sees."""
-        arguments = self.arguments
-        return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
-
-    @property
-    def resumed_step(self) -> int | None:
-        """The step of the checkpoint to resume from."""
-        return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else None
-
-
-def completed(recipe: Recipe) -> Recipe:
-    """A copy whose columns and method are spelled out where the recipe leaves them to its task and method.
-
-    Raises:
-        RecipeError: an unknown task or method, or a section that the method does not read.
-    """
-    columns, section = tasks.get(recipe.task).columns, methods.get(recipe.method).section
-    for unused in METHOD_SECTIONS:
-        if unused in recipe.model_fields_set and unused != section:
-            reads = f"reads the section `{section}`" if section else "has no settings"
-            raise RecipeError(f"the section `{unused}` has no meaning for method {recipe.method}, which {reads}")
-    recipe = recipe.model_copy(deep=True, update={section: getattr(recipe, section)} if section else {})
-    data = recipe.data
-    data.text = data.text or columns.text
-    data.text_pair = data.text_pair or columns.text_pair
-    data.label = data.label or columns.label
-    return recipe
-
-
-def task_of(recipe: Recipe) -> Task:
-    """The task of a completed recipe."""
-    kind, data = tasks.get(recipe.task), recipe.data
-    options = validated(kind.options, recipe.options, f"task {recipe.task}", "options.")
-    assert data.text is not None and data.label is not None and data.max_length is not None  # completed
-    columns = tasks.Columns(data.text, data.text_pair, data.label)
-    return kind(tasks.Setup(columns, data.label_names, data.max_length, options))
-
-
-def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, split: str | None = None) -> Dataset:
-    """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked."""
-    data = recipe.data
-    source = source or data.eval or data.train
-    rows = read_rows(source, split or data.eval_split, data.config)
-    task.check(rows, source)
-    return sample(rows, data.max_eval_rows)
-
-
-def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
-    """Check all that can be checked before training, down to the schedule.
-
-    Raises an AdaLoraError that says what to change; nothing has been written then.
-    """
-    folder = RunFolder(Path(recipe.output).expanduser())
-    folder.check_target(mode)
-    recipe = completed(recipe)
-    data, method = recipe.data, methods.get(recipe.method)
-    tokenizer = load_tokenizer(recipe.model, data.max_length)
-    if data.max_length is None:
-        data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
-    task = task_of(recipe)
-    if data.eval is None and not has_splits(data.train):
-        raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
-    train_rows = read_rows(data.train, data.train_split, data.config)
-    task.check(train_rows, data.train)  # all of them, so that a fault is in the row that it names
-    train_rows = sample(train_rows, data.max_train_rows)
-    task = task.fit(train_rows)
-    eval_rows = read_evaluation_rows(recipe, task)
-    baseline = task.baseline(eval_rows)
-    more_rows = {split: read_evaluation_rows(recipe, task, split=split) for split in data.more_eval_splits}
-
-    data.label_names = task.label_names
-    recipe.facts = Facts(
-        train_rows=len(train_rows),
-        eval_rows=len(eval_rows),
-        train_digest=digest(train_rows, train_rows.column_names),
-        versions={name: importlib.import_module(name).__version__ for name in _PACKAGES},
-    )
-    arguments = _arguments(recipe, folder)
-    set_seed(recipe.seed)  # the new output layer and the adapter start from random numbers
-    model = load_model(recipe.model, task, tokenizer)
-    if recipe.budget is not None:
-        recipe = _within_budget(recipe, method, model)
-    if mode == "resume":
-        _check_unchanged(folder, recipe)
-    features = task.features(train_rows, tokenizer, model)
-    total_steps, steps_per_epoch = _steps(arguments, len(features))
-    form = form_of(recipe.model, task)
-    job = Job(
-        recipe=recipe,
-        task_type=form.task_type,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        batches=lambda: _batches(features, task.collator(tokenizer, model), arguments.train_batch_size, recipe.seed),
-        trace=folder.trace,
-    )
-    head = sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
-    adapted = method.adapt(model, job)
-    sizes = {name: (p.numel(), p.requires_grad) for name, p in adapted.model.named_parameters()}
-    trainable = sum(size for size, trained in sizes.values() if trained)
-    copies = sum(size for name, (size, _) in sizes.items() if ".original_module." in name)  # PEFT's, of the head
-    return Prepared(
-        recipe=recipe,
-        mode=mode,
-        folder=folder,
-        task=task,
-        tokenizer=tokenizer,
-        form=form,
-        adapted=adapted,
-        train=features,
-        evaluation=eval_rows,
-        more_evaluations=more_rows,
-        arguments=arguments,
-        total_steps=total_steps,
-        baseline=baseline,
-        checkpoint=folder.last_checkpoint() if mode == "resume" else None,
-        initial_ranks=dict(adapted.ranks()),
-        head_parameters=head,
-        trainable_parameters=trainable,
-        frozen_parameters=sum(size for size, _ in sizes.values()) - trainable - copies,
-    )
 
 
 def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict[str, Any]:
@@ -224,6 +54,8 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         group_by_length=recipe.training.group_by_length,
         averages_over_items=prepared.form.task_type == "CAUSAL_LM",
     )
+    if recipe.training.report_to:
+        reporters.attach(trainer, prepared)
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
     if not math.isfinite(outcome.training_loss):  # since the last log
         raise diverged(outcome.training_loss, trainer.state.global_step)
@@ -238,12 +70,23 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         "metrics": trainer.evaluations[-1]["metrics"],
         "more_metrics": {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()},
         "evaluations": trainer.evaluations,
+        "log": trainer.state.log_history,
         "training_loss": outcome.training_loss,
         "steps": trainer.state.global_step,
         "seconds": round(outcome.metrics["train_runtime"], 1),
+        "memory": peak_memory(),
     }
     write_json(folder.metrics, metrics)
     return metrics
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Largest memory so far, in bytes: resident memory of this process with all its libraries (None where the system
+    does not say), and what was allocated on the GPU (None without one)."""
+    peak = None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"peak_bytes": None if peak is None else peak * unit, "gpu_peak_bytes": gpu}
 
 
 def _about(prepared: Prepared) -> dict[str, Any]:
@@ -297,60 +140,3 @@ def _parameters(file: Path) -> int:
     """Numbers in a safetensors file."""
     with safe_open(str(file), framework="np") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-
-
-def _within_budget(recipe: Recipe, method: Method, model: PreTrainedModel) -> Recipe:
-    assert recipe.budget is not None
-    if not method.takes_budget:
-        raise RecipeError(f"budget: method {recipe.method} has the size that it has: leave the budget out")
-    return method.with_budget(model, recipe, parse_budget(recipe.budget, model, recipe))
-
-
-def _batches(features: Dataset, collate: Any, size: int, seed: int) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Training batches in an order of their own, for methods that look at data before training."""
-    for batch in features.shuffle(seed=seed).iter(size):
-        yield collate([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
-
-
-def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
-    settings = recipe.training.model_dump(exclude={"group_by_length", "eval_steps", "save_steps", "warmup_steps"})
-    settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
-    try:
-        return TrainingArguments(
-            output_dir=str(folder.checkpoints),
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            save_strategy="steps",
-            logging_nan_inf_filter=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        )
-    except ValueError as error:
-        raise RecipeError(f"training: {error}") from error
-
-
-def _whole(interval: float | None) -> float | None:
-    """A number of steps as an int; a fraction as it is."""
-    return interval if interval is None or interval < 1 else int(interval)
-
-
-def _steps(arguments: TrainingArguments, rows: int) -> tuple[int, int]:
-    """Optimizer steps of the run and of an epoch, as the Trainer will count them."""
-    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
-    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-    if arguments.max_steps > 0:
-        return arguments.max_steps, per_epoch
-    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
-
-
-def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:
-    """A resumed run must be the run that was interrupted."""
-    changed = differences(folder.read_recipe(), recipe, ignore=_FREE_TO_CHANGE)
-    if changed:
-        raise RunError(
-            f"the run in {folder.path} cannot be resumed, because its recipe or data changed: {'; '.join(changed)}. "
-            f"Change it back (adalora train --resume --output {folder.path} takes the run's own recipe), "
-            "or start over with --overwrite"
-        )

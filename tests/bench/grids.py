@@ -38,6 +38,7 @@ def record(
         "state": "done",
         "folder": cell_folder((task, method, budget), rate, seed),  # type: ignore[arg-type]
         "headline": headline,
+        "lower_is_better": False,
         "metrics": {headline: score},
         "parameters": {"adapter_start": 3000, "adapter_saved": 2000, "head": 10, "trainable": 3010},
         "seconds": 60.0 * seed,

@@ -30,11 +30,11 @@ def grid() -> Grid:
     )
 
 
-def records(cells: list[Cell], scores: list[float | None], headline: str = "accuracy") -> dict[str, Record]:
+def records(cells: list[Cell], scores: list[float | None], lower_is_better: bool = False) -> dict[str, Record]:
     """One for each cell; a score of None is a cell that failed."""
     found = {}
     for cell, score in zip(cells, scores, strict=True):
-        outcome: dict[str, Any] = {"state": "failed"} if score is None else {"metrics": {headline: score}}
+        outcome: dict[str, Any] = {"state": "failed"} if score is None else {"metrics": {"it": score}}
         found[cell.folder] = Record(
             **{"state": "done"} | outcome,
             task=cell.group.task,
@@ -44,25 +44,29 @@ def records(cells: list[Cell], scores: list[float | None], headline: str = "accu
             seed=cell.seed,
             role=cell.role,
             folder=cell.folder,
-            headline=headline,
+            headline="it",
+            lower_is_better=lower_is_better,
         )
     return found
 
 
 @pytest.mark.parametrize(
-    ("scores", "headline", "rate"),
+    ("scores", "lower_is_better", "rate"),
     [
-        ([0.1, 0.3, 0.2], "accuracy", 1e-3),  # of 1e-4, 1e-3, 1e-2
-        ([0.3, 0.1, 0.3], "accuracy", 1e-4),  # the lower of two as good
-        ([0.3, None, 0.4], "accuracy", 1e-2),
-        ([math.nan, -0.5, None], "mcc", 1e-3),  # what is not defined loses as a failure does
-        ([30.0, 12.0, 15.0], "perplexity", 1e-3),
-        ([None, math.nan, None], "accuracy", None),
+        ([0.1, 0.3, 0.2], False, 1e-3),  # of 1e-4, 1e-3, 1e-2
+        ([0.3, 0.1, 0.3], False, 1e-4),  # the lower of two as good
+        ([0.3, None, 0.4], False, 1e-2),
+        ([math.nan, -0.5, None], False, 1e-3),  # what is not defined loses as a failure does
+        ([30.0, 12.0, 15.0], True, 1e-3),
+        ([None, 12.0, 12.0], True, 1e-3),
+        ([None, math.nan, None], False, None),
     ],
 )
-def test_the_best_rate_is_chosen(grid: Grid, scores: list[float | None], headline: str, rate: float | None) -> None:
+def test_the_best_rate_is_chosen(
+    grid: Grid, scores: list[float | None], lower_is_better: bool, rate: float | None
+) -> None:
     cells = list(grid.choose_cells(LORA))
-    found = records(cells, scores, headline)
+    found = records(cells, scores, lower_is_better)
     assert chosen_rate(grid, LORA, found) == rate
     assert lost_groups(grid, found) == ([LORA] if rate is None else [])
     assert chosen_rate(grid, LORA, dict(list(found.items())[:2])) is None  # not before the last has ended

@@ -13,20 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from adalora.bench.cells import record_of
 from adalora.bench.display import duration, time_left
 from adalora.bench.errors import BenchError
 from adalora.bench.grid import Group, read_grid
-from adalora.bench.pools import places
-from adalora.bench.records import Record, read_records
+from adalora.bench.pools import PRELOADED, places
+from adalora.bench.records import Record
 from adalora.bench.runner import Bench, collect, run_bench
 from adalora.runs import RunFolder
 
+from .grids import grid as grid_of
 from .test_grid import changed
 
 Write = Callable[[Mapping[str, Any]], Path]
@@ -99,12 +102,14 @@ def test_a_grid_from_beginning_to_end(tiny_grid: dict[str, Any], write: Write) -
     output = Path(bench.grid.output)
     assert len(bench.records) == bench.grid.total == 6 and not bench.lost
     assert [record.role for record in bench.records] == ["choose"] * 4 + ["report"] * 2
-    assert read_records(output) == bench.records == collect(read_grid(path)).records
+    lines = (output / "results.jsonl").read_text().splitlines()
+    assert [Record(**json.loads(line)) for line in lines] == bench.records == collect(read_grid(path)).records
     for record in bench.records:
         recipe = RunFolder(output / record.folder).check_trained()
         assert (recipe.method, recipe.seed) == (record.method, record.seed)
         assert recipe.training.learning_rate == record.learning_rate
         assert record.state == "done" and 0 <= record.score <= 1 and record.headline == "accuracy"
+        assert not record.lower_is_better
         assert record.seconds and record.cpu_seconds and record.peak_bytes and not record.resumed
         assert record.peak_bytes > 2**27  # torch alone takes more
         assert "step 4 of 4" in (output / record.folder / "log.txt").read_text()
@@ -213,9 +218,11 @@ def test_killed_in_the_middle_and_started_again(tiny_grid: dict[str, Any], write
     program = f"if __name__ == '__main__':\n from adalora.bench.runner import *\n run_bench(Path({str(path)!r}))"
     (path.parent / "bench.py").write_text(program)
     bench = subprocess.Popen([sys.executable, path.parent / "bench.py"], start_new_session=True)
-    until(lambda: list((folder / "seed-2").glob("checkpoints/*/complete")))
-    os.killpg(bench.pid, signal.SIGKILL)
-    bench.wait()
+    try:
+        until(lambda: list((folder / "seed-2").glob("checkpoints/*/complete")))
+    finally:
+        os.killpg(bench.pid, signal.SIGKILL)
+        bench.wait()
     running = pid_of(folder / "seed-2")
     until(lambda: running is not None and not is_alive(running))
     before = times(path.parent / "out")
@@ -251,7 +258,7 @@ def test_runs_of_others_are_not_touched(tiny_grid: dict[str, Any], write: Write)
 
 def test_what_is_left_is_estimated_from_its_like() -> None:
     def record(task: str, method: str, seconds: float | None) -> Record:
-        return Record(task, method, None, 1e-3, 1, "report", "done", "", "accuracy", seconds=seconds)
+        return Record(task, method, None, 1e-3, 1, "report", "done", "", "accuracy", False, seconds=seconds)
 
     records = [record("a", "lora", 10), record("a", "lora", 20), record("a", "full", 100), record("b", "full", None)]
     left = [Group("a", "lora", None), Group("a", "dora", None), Group("b", "lora", None)]
@@ -259,6 +266,30 @@ def test_what_is_left_is_estimated_from_its_like() -> None:
     assert time_left(left, records, 2) == pytest.approx((15 + mean + mean) / 2)
     assert time_left(left, records[3:], 2) is None
     assert [duration(seconds) for seconds in (45, 700, 12000)] == ["45 s", "12 min", "3 h 20 min"]
+
+
+def test_what_the_server_of_cells_preloads_exists() -> None:
+    """The server says nothing of a name that it does not find."""
+    assert [name for name in PRELOADED if find_spec(name) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("task", "headline", "lower"), [("instruction", "perplexity", True), ("regression", "pearson", False)]
+)
+def test_a_record_says_whether_less_of_its_headline_is_better(
+    task: str, headline: str, lower: bool, tmp_path: Path
+) -> None:
+    """As the cell's task does. Metrics of a further split have its name."""
+    of = grid_of(tasks={"it": {"task": task, "data": {"train": "rows"}}})
+    cell = next(of.report_cells(Group("it", "lora", "rank 2"), 1e-3))
+    folder = tmp_path / cell.folder
+    folder.mkdir(parents=True)
+    measured = {"metrics": {headline: 9.0}, "more_metrics": {"other": {headline: 8.0}}, "seconds": 1.0}
+    (folder / "metrics.json").write_text(json.dumps({**measured, "parameters": {}, "ranks": {}}))
+    (folder / "cell.json").write_text('{"resumed": false}')
+    record = record_of(cell, tmp_path)
+    assert record is not None and (record.headline, record.score) == (headline, 9.0)
+    assert record.lower_is_better is lower and record.metrics[f"{headline}, other"] == 8.0
 
 
 def test_cells_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,10 @@ def test_costs_are_of_reported_runs_that_were_not_interrupted() -> None:
         ("glue/cola", "mcc", -0.2, 100),
         ("question_answering", "f1", 0.9, 1),  # per cent already, however low
         ("summarization", "rougeLsum", 0.9, 1),
+        ("data_to_text/webnlg", "ter_unseen", 0.9, 1),
         ("regression", "mse", 0.02, 1),
+        ("regression", "mse, another split", 0.02, 1),
+        ("regression", "pearson, another split", 0.02, 100),
         ("instruction", "perplexity", 1.5, 1),
         ("instruction", "exact_match", 0.5, 100),
     ],
@@ -221,6 +224,16 @@ def test_the_page_has_rates_costs_and_every_metric() -> None:
     )
     assert "| method | budget | accuracy | f1 |" in page.splitlines()
     assert "| lora | rank 2 | 80.00 ± 0.00 | 87.50 ± 0.00 |" in page.splitlines()
+
+
+def test_metrics_of_which_less_is_more_are_marked() -> None:
+    """And have more digits while they are below 1, since they are not in points."""
+    tasks = {"stsb": {"task": "regression", "data": {"train": "rows"}}}
+    metrics = {"pearson": 0.85, "mse": 0.0213, "pearson, other": 0.8, "mse, other": 0.0314}
+    records = [record("stsb", "lora", "rank 2", seed, 0.85, headline="pearson", metrics=metrics) for seed in (1, 2)]
+    lines = page_of(grid(tasks=tasks), records).splitlines()
+    assert "| method | budget | pearson | mse ↓ | pearson, other | mse, other ↓ |" in lines
+    assert "| lora | rank 2 | 85.00 ± 0.00 | 0.0213 ± 0.0000 | 80.00 ± 0.00 | 0.0314 ± 0.0000 |" in lines
 
 
 def test_the_page_says_how_wide_the_claim_is() -> None:

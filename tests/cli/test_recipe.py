@@ -13,22 +13,18 @@ import yaml
 from transformers import TrainingArguments
 
 from adalora import AdaLoraConfig
+from adalora.preparation import completed
 from adalora.recipe import (
     TRAIN_TYPE_KEYS,
     AdaLoraSection,
     Recipe,
     RecipeError,
     TrainingSection,
-    assigned,
-    demo_raw,
     differences,
     dump,
-    parse_yaml,
-    read_raw,
     validate,
-    with_values,
 )
-from adalora.training import completed
+from adalora.recipe_text import assigned, demo_raw, parse_yaml, read_raw, with_values
 
 from .conftest import Finished
 

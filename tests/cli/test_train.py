@@ -26,6 +26,7 @@ RUN_FILES = {
     "checkpoints",
     "metrics.json",
     "ranks.png",
+    "report.html",
     "recipe.yaml",
     "trace.jsonl",
 }

@@ -583,7 +583,8 @@ def test_without_a_number_of_steps_t_final_is_where_pruning_by_hand_ends() -> No
             expected = ["tfinal=8 is read as the step at which pruning ends"] if (step, ours) == (1, allocator) else []
             assert [text for text in expected if text in str(caught[0].message)] == expected
             assert len(caught) == len(expected)
-    assert allocator.trace == planned.trace and allocator.live == allocator.target_budget and allocator.frozen
+    masks = [[line._replace(scores=None) for line in ours.trace] for ours in (allocator, planned)]
+    assert masks[0] == masks[1] and allocator.live == allocator.target_budget and allocator.frozen
 
 
 def test_a_loop_that_turns_out_not_to_be_by_hand_is_told_at_its_second_step() -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from adalora.core.allocator import Allocator
 from adalora.core.trace import Allocation, TraceFile
-from tests.core.toys import Toy, adamw, plan, train
+from tests.core.toys import SHAPES, Toy, adamw, plan, train
 
 HEADER = {"names": ["a.b", "ä"], "budget": {"initial": 8, "target": 4}}
 
 
 def allocation(step: int) -> Allocation:
-    return Allocation(step, 8 - step // 10, [4, 4 - step // 10], 0.125)
+    return Allocation(step, 8 - step // 10, [4, 4 - step // 10], [0, 0], 0.125)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def test_header_then_allocations(tmp_path: Path) -> None:
     assert lines(trace.path) == [{"type": "start", **HEADER}]
     trace.append(allocation(10))
     assert lines(trace.path)[1:] == [
-        {"type": "allocation", "step": 10, "budget": 7, "ranks": [4, 3], "orthogonality": 0.125}
+        {"type": "allocation", "step": 10, "budget": 7, "ranks": [4, 3], "returned": [0, 0], "orthogonality": 0.125}
     ]
     assert [p.name for p in trace.path.parent.iterdir()] == ["trace.jsonl"]
 
@@ -96,6 +96,7 @@ def test_an_allocator_writes_what_it_did(tmp_path: Path) -> None:
         "type": "start",
         "names": ["m0", "m1", "m2"],
         "initial_ranks": [4, 4, 4],
+        "triplet_parameters": [d_out + d_in for d_out, d_in in SHAPES],
         "budget": {"initial": 12, "target": 6},
         "schedule": {
             "initial_budget": 12, "target_budget": 6, "total_step": 16, "t_init": 2, "t_final": 4, "delta_t": 2,
@@ -106,9 +107,33 @@ def test_an_allocator_writes_what_it_did(tmp_path: Path) -> None:
     }  # fmt: skip
     assert [line["step"] for line in allocations] == [4, 6, 8, 10, 12]
     for line, recorded in zip(allocations, allocator.trace, strict=True):
-        assert line == {"type": "allocation", **recorded._asdict()}
+        told = {key: value for key, value in recorded._asdict().items() if value is not None}
+        assert line == {"type": "allocation", **told}
         assert allocator.schedule is not None
         assert recorded.budget == allocator.schedule.budget(recorded.step) == sum(recorded.ranks)
         assert recorded.ranks == seen[recorded.step][0]
     for recorded in allocator.trace[:-1]:  # the last is measured before its pruned triplets are sliced away
         assert recorded.orthogonality == seen[recorded.step][1]
+
+
+def test_what_came_back_and_the_scores_of_the_last_ranking() -> None:
+    """Returned triplets are counted against the mask before; the scores explain which triplets were kept."""
+    toy = Toy(ranks=(6, 6, 6))
+    allocator = Allocator(toy.triplets, plan(target_rank=2, delta_t=1, beta1=0.05, beta2=0.05))
+    before = allocator.mask.clone()
+    returned: dict[int, list[int]] = {}
+
+    def after(step: int) -> None:
+        nonlocal before
+        if allocator.mask.shape == before.shape:  # not sliced yet
+            back = allocator.mask & ~before
+            returned[step] = [int(part.sum()) for part in back.split([6, 6, 6])]
+            before = allocator.mask.clone()
+
+    train(toy, allocator, adamw(toy.parameters()), range(1, 17), after)
+    *earlier, last = allocator.trace
+    assert len(earlier) > 4 and all(line.returned == returned[line.step] for line in earlier)
+    assert any(sum(line.returned) for line in earlier), "nothing came back, so nothing was tested"
+    assert all(line.scores is None for line in earlier) and last.scores is not None
+    ranked = sorted((score, k) for k, scores in enumerate(last.scores) for score in scores)[-last.budget :]
+    assert last.ranks == [sum(owner == k for _, owner in ranked) for k in range(3)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -140,3 +142,23 @@ def finished_run(method: str, folder: Path, watch: Callable[[Adapted], TrainerCa
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: w.detach().clone() for name, w in model.named_parameters() if w.requires_grad}
+
+
+def check_resumed(method: str, finished: Finished, step: int, folder: Path) -> None:
+    """Resumed from its checkpoint at ``step`` in the empty ``folder``, a finished training comes to the same weights,
+    ranks, trace and checkpoints, to the bit."""
+    shutil.copytree(finished.folder, folder, dirs_exist_ok=True)
+    for later in (folder / "checkpoints").iterdir():
+        if int(later.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(later)
+    resumed = adapted_for(job_for(method, folder))
+    train(resumed, folder / "checkpoints", resume=step)
+    again = trained_weights(resumed.model)
+    assert all(torch.equal(value, again[key]) for key, value in finished.weights.items())
+    assert resumed.ranks() == finished.ranks
+    assert (folder / "trace.jsonl").read_text() == (finished.folder / "trace.jsonl").read_text()
+    states = list(finished.folder.glob("checkpoints/*/budget_state.safetensors"))
+    assert states
+    for place in states:
+        before, after = load_file(place), load_file(folder / place.relative_to(finished.folder))
+        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,7 +22,7 @@ from adalora.core.importance import METRICS
 from adalora.methods import Adapted
 from adalora.methods.lora_pruned import OF_SINGULAR_VALUES, Pruner
 from adalora.recipe import RecipeError
-from adalora.report.ranks import read_trace
+from adalora.report.run import read_trace
 
 from ..hf.models import ARCHITECTURES, batch, bert, logits
 from ..reference.algorithm1 import budget
@@ -37,6 +35,7 @@ from .budgets import (
     Finished,
     adapted_for,
     budgeted_of,
+    check_resumed,
     finished_run,
     job_for,
     optimizer_for,
@@ -248,16 +247,7 @@ def test_what_is_saved_is_compact_and_computes_the_same(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("step", [10, 20])  # while pruning, and after it
 def test_a_resumed_training_is_the_same_to_the_bit(step: int, finished: Finished, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
-    resumed = adapted_for(job_for("lora_pruned", tmp_path))
-    train(resumed, tmp_path / "checkpoints", resume=step)
-    again = trained_weights(resumed.model)
-    assert all(torch.equal(value, again[key]) for key, value in finished.weights.items())
-    assert resumed.ranks() == finished.ranks
-    assert (tmp_path / "trace.jsonl").read_text() == (finished.folder / "trace.jsonl").read_text()
-    for place in finished.folder.glob("checkpoints/*/budget_state.safetensors"):
-        before, after = load_file(place), load_file(tmp_path / place.relative_to(finished.folder))
-        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    check_resumed("lora_pruned", finished, step, tmp_path)
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path: Path) -> None:

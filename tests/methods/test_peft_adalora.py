@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 
 from adalora import methods
 from adalora.core.errors import AdaLoraError
-from adalora.report.ranks import read_trace
+from adalora.report.run import read_trace
 
 from ..hf.models import ARCHITECTURES, batch, logits
 from .budgets import (
@@ -25,6 +23,7 @@ from .budgets import (
     Finished,
     adapted_for,
     budgeted_of,
+    check_resumed,
     finished_run,
     job_for,
     optimizer_for,
@@ -146,16 +145,7 @@ def test_what_is_saved_is_plain_lora_that_computes_the_same(name: str, tmp_path:
 @pytest.mark.parametrize("step", [5, 10, 20])  # between two masks, on one, and after the last
 def test_a_resumed_training_is_the_same_to_the_bit(step: int, finished: Finished, tmp_path: Path) -> None:
     """As PEFT saves and loads by itself, this fails on sizes or ends at another rank."""
-    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
-    resumed = adapted_for(job_for("peft_adalora", tmp_path))
-    train(resumed, tmp_path / "checkpoints", resume=step)
-    again = trained_weights(resumed.model)
-    assert all(torch.equal(value, again[key]) for key, value in finished.weights.items())
-    assert resumed.ranks() == finished.ranks
-    assert (tmp_path / "trace.jsonl").read_text() == (finished.folder / "trace.jsonl").read_text()
-    for place in finished.folder.glob("checkpoints/*/budget_state.safetensors"):
-        before, after = load_file(place), load_file(tmp_path / place.relative_to(finished.folder))
-        assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    check_resumed("peft_adalora", finished, step, tmp_path)
 
 
 def test_matrices_that_the_loss_does_not_depend_on_are_no_error(tmp_path: Path) -> None:

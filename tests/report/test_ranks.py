@@ -10,7 +10,8 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from adalora.report.grid import arrange, place
-from adalora.report.ranks import draw_ranks, read_trace
+from adalora.report.ranks import draw_ranks
+from adalora.report.run import read_trace
 from adalora.report.terminal import metric_table, rank_table
 
 
@@ -51,10 +52,11 @@ def test_modules_without_layers_are_one_column() -> None:
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     lines = [
-        {"type": "start", "names": ["h.0.q", "h.1.q"], "initial_ranks": [3, 3], "budget": {}, "schedule": {}},
-        {"type": "allocation", "step": 2, "budget": 5, "ranks": [3, 2], "orthogonality": 0.1},
-        {"type": "allocation", "step": 4, "budget": 4, "ranks": [1, 3], "orthogonality": 0.1},
-    ]
+        {"type": "start", "names": ["h.0.q", "h.1.q"], "initial_ranks": [3, 3], "triplet_parameters": [8, 8],
+         "budget": {"initial": 6, "target": 4}, "schedule": None, "importance": "singular", "policy": "global_topk"},
+        {"type": "allocation", "step": 2, "budget": 5, "ranks": [3, 2], "returned": [0, 0], "orthogonality": 0.1},
+        {"type": "allocation", "step": 4, "budget": 4, "ranks": [1, 3], "returned": [0, 1], "orthogonality": 0.1},
+    ]  # fmt: skip
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -95,6 +95,7 @@ def test_a_task_keeps_its_contract(name: str, pieces: Path) -> None:
     assert len(answers) == len(rows) and to_json(answers)
     metrics = fitted.metrics(answers, rows)
     assert tuple(metrics) == tuple(fitted.metric_names) and fitted.headline in metrics
+    assert fitted.lower_is_better <= set(metrics)
     baseline = fitted.baseline(rows)
     assert baseline is None or (baseline[0] and set(baseline[1]) == set(metrics))
 

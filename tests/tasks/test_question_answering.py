@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torchmetrics.functional.text import squad as torchmetrics_squad
-from transformers import BertConfig, BertModel, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from adalora import tasks
 from adalora.data import DataError
@@ -27,13 +27,12 @@ from adalora.tasks import Setup
 from adalora.tasks.squad_metrics import squad_v1, squad_v2, words
 from adalora.tasks.squad_windows import Window, best_spans
 
-from ..cli.conftest import run_command
+from ..cli.conftest import SPECIAL, bert_tokenizer, run_command, save_tiny_bert
 from ..data import benchmark_data
 from .squad_official import Articles, evaluate_v1, evaluate_v2
 
 QA: Any = tasks.get("question_answering")
 NO_ANSWER: dict[str, list[Any]] = {"text": [], "answer_start": []}
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LETTERS = [chr(ord("a") + index) for index in range(26)]
 
 
@@ -51,22 +50,12 @@ def rows(*triples: tuple[str, str, dict[str, list[Any]]]) -> Dataset:
     return Dataset.from_list([{"question": q, "context": c, "answers": a} for q, c, a in triples])
 
 
-def fast(tokenizer: Tokenizer, **settings: Any) -> Any:
-    """A tokenizer that reads pairs as BERT does."""
-    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names, **settings)
-
-
 @pytest.fixture(scope="module")
 def letters() -> Any:
     """A tokenizer that knows the letters as words; [CLS] is token 2, `a` token 4."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *LETTERS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return fast(tokenizer)
+    return bert_tokenizer(tokenizer, max_length=64)
 
 
 @pytest.fixture(scope="module", params=["bytes", "spaces in tokens", "word pieces"])
@@ -90,7 +79,7 @@ def subwords(request: pytest.FixtureRequest) -> Any:
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(texts * 3, trainer)
-    return fast(tokenizer)
+    return bert_tokenizer(tokenizer, max_length=64)
 
 
 class Pointer(nn.Module):
@@ -273,7 +262,8 @@ def test_windows_share_a_third_by_default(letters: Any) -> None:
 
 def test_training_pads_on_the_right(letters: Any) -> None:
     """Also where the tokenizer pads on the left: positions would be others."""
-    left = fast(letters.backend_tokenizer, padding_side="left")
+    left = bert_tokenizer(letters.backend_tokenizer, max_length=64)
+    left.padding_side = "left"
     data = rows(("q", "a b c d", answers("a b c d", "d")), ("q", "a b", answers("a b", "b")))
     found = task().features(data, left, nn.Identity())
     batch = task().collator(left, nn.Identity())(list(found))
@@ -521,20 +511,7 @@ def write_questions(path: Path, found: Sequence[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def reader(letters: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random BERT of two layers that reads letters."""
-    folder = tmp_path_factory.mktemp("reader")
-    letters.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(letters),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.1,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+    return save_tiny_bert(tmp_path_factory.mktemp("reader"), letters)
 
 
 def test_a_handful_of_questions_is_learned(reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 from .. import tasks
 from ..files import write_json
-from ..recipe import RecipeError, differences, dump, parse_yaml, validate
+from ..recipe import RecipeError, differences, dump, validate
+from ..recipe_text import parse_yaml
 from ..runs import RunFolder
 from .errors import BenchError
 from .grid import Cell
@@ -29,7 +30,7 @@ from .records import Record
 
 Condition = Literal["done", "failed", "interrupted", "new"]
 
-_FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit"}
+_FREE_TO_CHANGE = {"output", "training.logging_steps", "training.save_total_limit", "training.report_to"}
 """Keys of a recipe that may differ from those of a cell that was run: they do not reach the weights."""
 
 _TAIL = 25  # lines of a log or a traceback that failure.json repeats
@@ -117,9 +118,11 @@ def _train(job: Job, folder: CellFolder, began: float) -> None:
     import torch
     import transformers
 
+    from ..announcement import budget_of
+    from ..preparation import prepare
     from ..progress import ShowProgress
     from ..report.terminal import console
-    from ..training import prepare, train
+    from ..training import train
 
     torch.set_num_threads(job.threads)
     datasets.disable_progress_bars()
@@ -130,22 +133,20 @@ def _train(job: Job, folder: CellFolder, began: float) -> None:
         folder.early_log.rename(folder.log)
     note = {"asked": job.recipe, "resumed": job.resume, "host": socket.gethostname(), "pid": os.getpid()}
     write_json(folder.note, note)
-    train(prepared, [ShowProgress(console(), prepared.task.metric_names)])
+    train(prepared, [ShowProgress(console(), prepared.task.metric_names, prepared.task.headline, budget_of(prepared))])
     folder.run.drop_checkpoints(after=-1)
     write_json(folder.note, note | _usage(began))
 
 
 def _usage(began: float) -> dict[str, Any]:
     """What the process has taken so far."""
-    import torch
+    from ..training import peak_memory
 
     used = resource.getrusage(resource.RUSAGE_SELF)
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "seconds": round(time.monotonic() - began, 2),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
-        "peak_bytes": used.ru_maxrss * unit,
-        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        **peak_memory(),
     }
 
 
@@ -204,6 +205,7 @@ def record_of(cell: Cell, output: Path) -> Record | None:
     if folder.condition not in {"done", "failed"}:
         return None
     task, method, budget = cell.group
+    kind = tasks.get(cell.recipe.task)
     found = Record(
         task=task,
         method=method,
@@ -213,14 +215,15 @@ def record_of(cell: Cell, output: Path) -> Record | None:
         role=cell.role,
         state="done" if folder.condition == "done" else "failed",
         folder=cell.folder,
-        headline=tasks.get(cell.recipe.task).headline,
+        headline=kind.headline,
+        lower_is_better=kind.headline in kind.lower_is_better,
     )
     if found.state == "failed":
         return Record(**asdict(found) | {"failure": _read(folder.failure)["message"]})
     metrics, note = _read(folder.run.metrics), _read(folder.note)
     usage = {key: note.get(key) for key in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes")}
     seconds = note.get("seconds", metrics["seconds"])  # without its own when it was killed right after training
-    parts = {key: metrics[key] for key in ("headline", "metrics", "parameters", "ranks")}
+    parts = {key: metrics[key] for key in ("metrics", "parameters", "ranks")}
     for split, values in metrics["more_metrics"].items():  # such as the mismatched half of MNLI
         parts["metrics"] |= {f"{name}, {split}": value for name, value in values.items()}
     return Record(**asdict(found) | usage | parts | {"seconds": seconds, "resumed": note["resumed"]})

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from .. import methods, tasks
+from ..preparation import completed
 from ..recipe import (
     METHOD_SECTIONS,
     AdaLoraSection,
@@ -22,11 +23,10 @@ from ..recipe import (
     LoraSection,
     Recipe,
     RecipeError,
-    parse_yaml,
     validate,
     validated,
 )
-from ..training import completed
+from ..recipe_text import parse_yaml
 from .records import Budget, Role
 
 _SET_BY_THE_GRID = {

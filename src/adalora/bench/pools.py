@@ -17,7 +17,9 @@ from .cells import Job, run_cell
 from .errors import BenchError
 from .grid import Resources
 
-_PRELOADED = ["adalora.bench.warm"]
+PRELOADED = ["adalora.bench.warm", "adalora.methods", "adalora.progress", "adalora.tasks", "adalora.training"]
+"""What cells need, imported once by the server that they are forked from."""
+
 _GRACE = 5.0  # seconds that a process has to end when it is told to
 
 
@@ -53,7 +55,7 @@ class LocalPool:
         self._places = places(workers, resources.gpus)
         self.threads = max(1, _cores() // len(self._places))
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
         self._running: dict[str, tuple[BaseProcess, str]] = {}
 
     def capacity(self) -> int:

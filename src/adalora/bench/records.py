@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,6 @@ Role = Literal["choose", "report"]
 State = Literal["done", "failed"]
 Budget = int | str | None
 """Parameters, ``"rank 8"``, or None: the size that the method's own settings give."""
-
-LOWER_IS_BETTER = frozenset({"perplexity", "mse", "ter"})
-"""Metrics of which less is more."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Record:
     """The run's folder, relative to the grid's output folder."""
     headline: str
     """The metric to compare methods by."""
+    lower_is_better: bool
+    """Whether of two scores the lower one is better."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     """All metrics on the held-out rows; None where not defined. Empty of a cell that failed."""
     parameters: dict[str, int] = field(default_factory=dict)
@@ -65,11 +63,6 @@ class Record:
         return math.nan if value is None else value
 
     @property
-    def lower_is_better(self) -> bool:
-        """Whether of two scores the lower one is better."""
-        return self.headline in LOWER_IS_BETTER
-
-    @property
     def group(self) -> tuple[str, str, Budget]:
         """Cells that differ in nothing but learning rate and seed."""
         return self.task, self.method, self.budget
@@ -78,10 +71,3 @@ class Record:
 def write_records(output: Path, records: Iterable[Record]) -> None:
     """Write ``results.jsonl`` of a grid's output folder, whole or not at all."""
     write_text(output / RESULTS, "".join(to_json(asdict(record)) + "\n" for record in records))
-
-
-def read_records(output: Path) -> list[Record]:
-    """What ``write_records`` wrote; none where nothing has been run."""
-    path = output / RESULTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Record(**json.loads(line)) for line in lines]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .grid import budget_name
 from .published import SOURCE
-from .records import LOWER_IS_BETTER, Budget
+from .records import Budget
 from .statistics import CONFIDENCE, Summary, coverage
 from .tables import Results, Row, Table
 
@@ -153,13 +153,13 @@ def _budget(budget: Budget) -> str:
 
 
 def _metric(table: Table, name: str) -> str:
-    return f"{name} ↓" if name in LOWER_IS_BETTER else name
+    return f"{name} ↓" if name in table.lower_is_better else name
 
 
 def _digits(table: Table, name: str) -> int:
     """Two behind the point; four of an error below 1, which is not shown in points."""
     small = all(abs(row.metrics[name].mean) < 1 for row in table.rows if name in row.metrics)
-    return 4 if name in LOWER_IS_BETTER and small else 2
+    return 4 if name in table.lower_is_better and small else 2
 
 
 def _number(value: float, digits: int = 2, sign: str = "") -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ..report.similarity import spearman
 from .records import Record
 
 CONFIDENCE = 0.95
@@ -122,7 +123,7 @@ def rank_agreement(records: Iterable[Record]) -> list[Agreement]:
         if one.method != other.method:
             continue
         differ = [name for name in ("task", "budget", "seed") if getattr(one, name) != getattr(other, name)]
-        correlation = _spearman(one.ranks, other.ranks) if len(differ) == 1 else math.nan
+        correlation = spearman(one.ranks, other.ranks) if len(differ) == 1 else math.nan
         if math.isfinite(correlation):
             shared = [one.method, *(_named(one, name) for name in ("task", "budget") if name != differ[0])]
             found.setdefault((f"{differ[0]}s", ", ".join(filter(None, shared))), []).append(correlation)
@@ -136,12 +137,3 @@ def rank_agreement(records: Iterable[Record]) -> list[Agreement]:
 def _named(record: Record, name: str) -> str:
     value = getattr(record, name)
     return "" if value is None else f"{value:,} parameters" if isinstance(value, int) else str(value)
-
-
-def _spearman(one: Mapping[str, int], other: Mapping[str, int]) -> float:
-    """Over the matrices that both have; nan where one of the two has the same rank everywhere."""
-    common = [name for name in one if name in other]
-    pairs = [[ranks[name] for name in common] for ranks in (one, other)]
-    if any(len(set(ranks)) < 2 for ranks in pairs):
-        return math.nan
-    return float(stats.spearmanr(*pairs).statistic)

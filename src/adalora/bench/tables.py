@@ -7,7 +7,7 @@ Scores are held as the tasks give them; ``Table.points`` says by what they are m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .. import tasks
 from .choose import lost_groups
 from .grid import Grid, Group, budget_name
 from .published import Figure, figures
-from .records import LOWER_IS_BETTER, Budget, Record
+from .records import Budget, Record
 from .statistics import Agreement, Difference, Summary, paired_difference, rank_agreement, summary
 
 AVERAGE = "average"
@@ -68,6 +68,7 @@ class Table:
     rows: list[Row]
     points: dict[str, float]  # by what each metric is multiplied to be shown: 100 of a share, else 1
     words: str  # what the table is of
+    lower_is_better: frozenset[str] = frozenset()  # metrics of which less is more
     model: str = ""
     published: list[Figure] = field(default_factory=list)
 
@@ -110,7 +111,7 @@ def average(tables: Sequence[Table], budget: Budget, reference: str | None) -> T
     used, left = [], []
     for table in tables:
         without = [row.group.method for row in found[table.task] if not row.scores]
-        if table.headline in LOWER_IS_BETTER:
+        if table.headline in table.lower_is_better:
             left.append(f"{table.task} (less {table.headline} is better)")
         elif without:
             left.append(f"{table.task} (no result of {', '.join(without)})")
@@ -140,13 +141,17 @@ def _of_task(grid: Grid, task: str, records: Sequence[Record], lost: set[Group])
     recipe = grid.cell(groups[0], grid.rates(groups[0].method)[0], grid.seeds.choose, "choose").recipe
     kind = tasks.get(recipe.task)
     rows = [_row(group, records, len(grid.seeds.report), group in lost) for group in groups]
+    measured = [record.metrics for record in records]
+    names = {kind.headline, *(name for metrics in measured for name in metrics)}
+    lower = frozenset(name for name in names if name.split(", ")[0] in kind.lower_is_better)  # "mse, another split"
     return Table(
         task,
         f"{kind.headline} of {task}",
         kind.headline,
         _with_differences(rows, grid.reference),
-        _points(kind.kind == "question answering", [record.metrics for record in records]),
+        _points(kind.in_percent, lower, measured),
         words=f"{recipe.model} on {recipe.data.train}" + (f" ({recipe.data.config})" if recipe.data.config else ""),
+        lower_is_better=lower,
         model=recipe.model,
         published=figures(recipe.task, recipe.data.train, recipe.data.config),
     )
@@ -200,14 +205,15 @@ def _cost(done: Sequence[Record]) -> Cost:
     )
 
 
-def _points(percent: bool, measured: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+def _points(
+    in_percent: bool, lower: Collection[str], measured: Sequence[Mapping[str, float | None]]
+) -> dict[str, float]:
     """100 for each metric that is a share or a correlation, 1 for one that is in per cent already or has no bounds."""
     names = dict.fromkeys(name for metrics in measured for name in metrics)
     return {
         name: 100.0
-        if not percent
-        and name not in LOWER_IS_BETTER
-        and not name.startswith(("rouge", "bleu", "chrf"))
+        if not in_percent
+        and name not in lower
         and all(abs(value) <= 1 for value in _finite(metrics.get(name) for metrics in measured))
         else 1.0
         for name in names

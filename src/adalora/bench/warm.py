@@ -1,9 +1,7 @@
-"""What cells need, imported once by the server that they are forked from."""
+"""The first module that the server of cells imports: it keeps the libraries quiet, which come after it."""
 
 from __future__ import annotations
 
 from ..quiet import quieten
 
 quieten()
-
-from .. import methods, progress, tasks, training  # noqa: E402, F401

@@ -11,9 +11,10 @@ grow with the number of matrices, and nothing waits for the device except when a
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -126,7 +127,7 @@ class Allocator:
     def ranks(self) -> dict[str, int]:
         """Live triplets of each matrix, by name."""
         self._refresh()
-        return dict(zip((t.name for t in self.triplets), self._live_counts(), strict=True))
+        return dict(zip((t.name for t in self.triplets), self._counts(self.mask.tolist()), strict=True))
 
     def describe(self) -> str:
         """The schedule in words."""
@@ -141,6 +142,7 @@ class Allocator:
         return {
             "names": [t.name for t in self.triplets],
             "initial_ranks": self.initial_ranks,
+            "triplet_parameters": [t.parameters_each for t in self.triplets],
             "budget": {"initial": self.initial_budget, "target": self.target_budget},
             "schedule": None if self.schedule is None else asdict(self.schedule),
             "importance": self.settings.metric,
@@ -288,7 +290,7 @@ class Allocator:
         if self._last_scores is not None:
             self._last_scores = self._last_scores[self.mask]
         places = torch.tensor([i for size in self.sizes for i in range(size)], device=self.mask.device)
-        kept = torch.split(places[self.mask], self._live_counts())
+        kept = torch.split(places[self.mask], self._counts(self.mask.tolist()))
         for triplets, index in zip(self.triplets, kept, strict=True):
             triplets.keep(index, optimizer)
         self._lay_out()
@@ -392,9 +394,10 @@ class Allocator:
         self._regulariser = Regulariser(self._stacks)
         self._scoring = Scoring(self._stacks, self.settings.metric, self.settings.beta1, self.settings.beta2)
 
-    def _live_counts(self) -> list[int]:
-        flags = iter(self.mask.tolist())  # one wait for the device, however many matrices
-        return [sum(islice(flags, size)) for size in self._stacks.sizes]
+    def _counts(self, flags: Iterable[bool]) -> list[int]:
+        """Of each matrix, how many of its triplets are flagged."""
+        rest = iter(flags)
+        return [sum(islice(rest, size)) for size in self._stacks.sizes]
 
     @property
     def _ranks_again(self) -> bool:
@@ -415,14 +418,18 @@ class Allocator:
             self._lam_before_mask = self._stacks.gather_lam(parameters)
         budget = schedule.budget(step)
         scores = self._scoring.scores(parameters)
+        before, final = self.mask, schedule.is_final(step)
         self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes)
         self._stacks.mask_lam(self.mask)
+        live, lived = torch.stack([self.mask, before]).tolist()  # one wait for the device, however many matrices
+        ranks, returned = self._counts(live), self._counts(map(operator.gt, live, lived))
         error = float(self._regulariser.errors(parameters).mean())
-        allocation = Allocation(step, budget, self._live_counts(), error)
+        last = Allocation.rounded(split(scores, self._stacks.sizes)) if final else None
+        allocation = Allocation(step, budget, ranks, returned, error, last)
         self.trace.append(allocation)
         if self.trace_file is not None:
             self.trace_file.append(allocation)
-        if schedule.is_final(step):
+        if final:
             self.frozen, self._settled, self._last_scores = True, False, scores
             self._lay_out()  # the averages have done their work
             self._settle(optimizer)

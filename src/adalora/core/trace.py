@@ -1,15 +1,18 @@
 """What the allocator did, one JSON object a line, readable while training runs.
 
-The first line has ``type: start`` (names and initial ranks of the matrices, budgets, schedule); each allocation adds
-one with ``type: allocation`` (step, budget, the rank of every matrix in the order of the names, orthogonality error).
+The first line has ``type: start`` (names, initial ranks and sizes of the matrices, budgets, schedule); each allocation
+adds one with ``type: allocation``, whose lists are in the order of the names (see :class:`Allocation`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 
 class Allocation(NamedTuple):
@@ -18,7 +21,14 @@ class Allocation(NamedTuple):
     step: int
     budget: int
     ranks: list[int]  # live triplets of each matrix, in the allocator's order
+    returned: list[int]  # of each matrix, how many of them the allocation before had pruned
     orthogonality: float  # mean over P and Q of ‖XXᵀ - I‖_F
+    scores: list[list[float]] | None = None  # of the last allocation: S of each matrix's triplets, to four digits
+
+    @staticmethod
+    def rounded(scores: Sequence[Tensor]) -> list[list[float]]:
+        """Scores as a trace holds them."""
+        return [[float(f"{score:.4g}") for score in of_matrix.tolist()] for of_matrix in scores]
 
 
 class TraceFile:
@@ -37,7 +47,8 @@ class TraceFile:
 
     def append(self, allocation: Allocation) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"type": "allocation", **allocation._asdict()}) + "\n")
+            told = {key: value for key, value in allocation._asdict().items() if value is not None}
+            file.write(json.dumps({"type": "allocation", **told}) + "\n")
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():

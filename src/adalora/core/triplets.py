@@ -106,6 +106,11 @@ class Triplets:
     left: HasWeight
     right: SingularProjection
 
+    @property
+    def parameters_each(self) -> int:
+        """Parameters of one triplet as saved: a column of P and a row of Q, which λ is folded into."""
+        return int(self.left.weight.shape[0] + self.right.right_vectors.shape[1:].numel())
+
     @classmethod
     def create(
         cls,

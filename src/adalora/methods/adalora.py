@@ -46,6 +46,7 @@ class AdaLora:
             save=save,
             callbacks=[AdaLoraCallback(trace_path=job.trace)],
             schedule=ours.describe(),
+            header=ours.header,
             ranks=lambda: ranks(adapted),
         )
 

@@ -44,6 +44,8 @@ class Adapted:
     """What the method does while a Trainer trains."""
     schedule: str = ""
     """What will happen to the budget, in words."""
+    header: Callable[[], dict[str, Any]] | None = None
+    """What the trace of its budget begins with; None of a method that has no budget."""
     ranks: Callable[[], dict[str, int]] = field(default=dict)
     """Rank of each adapted matrix now, by the name of its module in the base model. Empty without ranks."""
 

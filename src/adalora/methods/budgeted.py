@@ -7,7 +7,7 @@ a checkpoint holds what its weights do not say.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,11 +160,16 @@ def scale_of(section: AdaLoraSection) -> float:
     return section.lora_alpha / (math.sqrt(section.init_r) if section.use_rslora else section.init_r)
 
 
-def header(names: Sequence[str], initial_rank: int, schedule: Schedule, settings: Settings) -> dict[str, Any]:
-    """What a trace begins with, as :meth:`adalora.Allocator.header` has it."""
+def header(sizes: Mapping[str, int], initial_rank: int, schedule: Schedule, settings: Settings) -> dict[str, Any]:
+    """What a trace begins with, as :meth:`adalora.Allocator.header` has it.
+
+    Args:
+        sizes: parameters of one triplet, or doublet, of each matrix, by its name.
+    """
     return {
-        "names": list(names),
-        "initial_ranks": [initial_rank] * len(names),
+        "names": list(sizes),
+        "initial_ranks": [initial_rank] * len(sizes),
+        "triplet_parameters": list(sizes.values()),
         "budget": {"initial": schedule.initial_budget, "target": schedule.target_budget},
         "schedule": asdict(schedule),
         "importance": settings.metric,

@@ -100,6 +100,7 @@ class LoraPruned(AdaLora):
             save=save,
             callbacks=[BudgetCallback(pruner, job.trace)],
             schedule=schedule.describe(len(layers)).replace("triplets", "doublets"),
+            header=pruner.header,
             ranks=pruner.ranks,
         )
 
@@ -153,7 +154,10 @@ class Pruner:
 
     def header(self) -> dict[str, Any]:
         """See :class:`Budgeted`, as all that follows."""
-        return header(list(self.layers), self.sizes[0], self.schedule, self.settings)
+        sizes = {
+            name: sum(w.numel() for w in _weights(layer)) // layer.r[ADAPTER] for name, layer in self.layers.items()
+        }
+        return header(sizes, self.sizes[0], self.schedule, self.settings)
 
     def before_step(self) -> None:
         """Update the importance, as long as a ranking that needs it is still to come."""
@@ -165,12 +169,13 @@ class Pruner:
         """Rank and prune when it is due; hold what was pruned at zero, from where momentum has moved it."""
         self.step += 1
         due = self.schedule.allocates(self.step)
-        if due:
-            self._keep(self._best(self.schedule.budget(self.step)))
+        scores = self._scores() if due else None
+        if scores is not None:
+            self._keep(POLICIES[self.settings.policy](scores, self.schedule.budget(self.step), self.sizes))
         self._hold()
-        if not due:
+        if scores is None:
             return None
-        allocation = self._allocation()
+        allocation = self._allocation(scores)
         if self.schedule.is_final(self.step):
             self._scoring = None  # the averages have done their work
         return allocation
@@ -194,11 +199,10 @@ class Pruner:
             self.mask = self.mask.to(stacks.device)
         return self._scoring
 
-    def _best(self, budget: int) -> Tensor:
-        """Which doublets live under this budget: of those that live now, since the others are nothing but zeros."""
+    def _scores(self) -> Tensor:
+        """S of every doublet; below all others where it was pruned earlier, since nothing but zeros is left of it."""
         scoring = self._scored()
-        scores = scoring.scores(scoring.stacks.parameters()).masked_fill(~self.mask, -torch.inf)
-        return POLICIES[self.settings.policy](scores, budget, self.sizes)
+        return scoring.scores(scoring.stacks.parameters()).masked_fill(~self.mask, -torch.inf)
 
     def _keep(self, mask: Tensor) -> None:
         self.mask = mask
@@ -214,10 +218,13 @@ class Pruner:
         if self._kept:
             torch._foreach_mul_([weight for layer in self.layers.values() for weight in _weights(layer)], self._kept)
 
-    def _allocation(self) -> Allocation:
+    def _allocation(self, scores: Tensor) -> Allocation:
         stacks = self._scored().stacks
         error = float(Regulariser(stacks).errors(stacks.parameters()).mean())
-        return Allocation(self.step, self.schedule.budget(self.step), list(self.ranks().values()), error)
+        known = torch.split(scores.clamp(min=0), self.sizes)
+        last = Allocation.rounded(known) if self.schedule.is_final(self.step) else None
+        none = [0] * len(self.layers)  # pruned for good
+        return Allocation(self.step, self.schedule.budget(self.step), list(self.ranks().values()), none, error, last)
 
 
 def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

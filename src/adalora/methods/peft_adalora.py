@@ -18,6 +18,7 @@ grown again since.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,7 @@ class PeftAdaLora(AdaLora):
             save=save,
             callbacks=[BudgetCallback(driver, job.trace)],
             schedule=driver.schedule.describe(len(driver.ranks())),
+            header=driver.header,
             ranks=driver.ranks,
         )
 
@@ -142,7 +144,11 @@ class Driver:
 
     def header(self) -> dict[str, Any]:
         """See :class:`Budgeted`, as all that follows."""
-        return header(list(self.names.values()), self.config.init_r, self.schedule, self.settings)
+        rank, factors = self.config.init_r, self._parameters("lora_A", "lora_B")
+        sizes = dict.fromkeys(self.names.values(), 0)
+        for name, factor in factors.items():
+            sizes[re.split(r"\.lora_[AB]\.", name)[0]] += factor.numel() // rank
+        return header(sizes, rank, self.schedule, self.settings)
 
     def before_step(self) -> None:
         """PEFT trips over parameters that the loss does not depend on."""
@@ -163,7 +169,14 @@ class Driver:
         products = [w @ w.mT if "lora_A" in name else w.mT @ w for name, w in factors.items()]
         errors = [(product - torch.eye(len(product), device=product.device)).norm() for product in products]
         error = float(torch.stack(errors).mean())
-        return Allocation(self.step, self.schedule.budget(self.step), list(self.ranks().values()), error)
+        ranks, returned = list(self.ranks().values()), [self._returned(name, before) for name in self.names]
+        return Allocation(self.step, self.schedule.budget(self.step), ranks, returned, error)
+
+    def _returned(self, name: str, before: dict[str, list[bool]] | None) -> int:
+        """How many triplets of a matrix live now that did not under the pattern before."""
+        if before is None or self.pattern is None:
+            return 0
+        return sum(now and not earlier for now, earlier in zip(self.pattern[name], before[name], strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         allocator = self.tuner.rankallocator

@@ -1,10 +1,9 @@
-"""The learned ranks of a run: read from its trace, drawn as a heat map."""
+"""The learned ranks of a run, drawn as a heat map."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -12,49 +11,20 @@ from matplotlib.figure import Figure
 from ..files import replacing
 from .grid import Grid, arrange
 
+if TYPE_CHECKING:
+    from .run import Trace
+
 _INK, _PAPER, _ABSENT = "#111111", "#ffffff", "#e4e4e4"
-
-
-class Trace(NamedTuple):
-    """What ``trace.jsonl`` says about the ranks."""
-
-    initial: dict[str, int]
-    final: dict[str, int]
-
-    @property
-    def target(self) -> str:
-        """The outcome in words."""
-        live, start, matrices = sum(self.final.values()), sum(self.initial.values()), len(self.final)
-        return f"{live} of {start} triplets kept, {live / matrices:.3g} on average in {matrices} matrices"
-
-
-def read_trace(path: Path) -> Trace:
-    """Initial ranks, and those of the last allocation. A line that a kill cut short is left out."""
-    start: dict[str, Any] = {}
-    ranks: list[int] | None = None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if entry["type"] == "start":
-            start = entry
-        elif entry["type"] == "allocation":
-            ranks = entry["ranks"]
-    names, initial = start["names"], start["initial_ranks"]
-    return Trace(
-        dict(zip(names, initial, strict=True)), dict(zip(names, initial if ranks is None else ranks, strict=True))
-    )
 
 
 def draw_ranks(trace: Trace, path: Path, title: str) -> None:
     """Save the heat map of the final ranks, modules by layers, as PNG at ``path``, whole or not at all."""
-    figure = _figure(arrange(trace.final), max(trace.initial.values()), f"{title}\n{trace.target}")
+    figure = rank_figure(arrange(trace.final), max(trace.initial.values()), f"{title}\n{trace.target}")
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=150, facecolor=_PAPER)
 
 
-def _figure(grid: Grid, highest: int, title: str) -> Figure:
+def rank_figure(grid: Grid, highest: int, title: str) -> Figure:
     """One cell for each matrix, its rank in it; sized so that the numbers stay readable."""
     wide = any(len(layer) > 3 for layer in grid.layers)
     label_width = 0.085 * max(map(len, grid.modules))
@@ -70,7 +40,8 @@ def _figure(grid: Grid, highest: int, title: str) -> Figure:
         for column, rank in enumerate(numbers):
             if rank is not None:
                 ink = _INK if colours(rank) > 0.55 else _PAPER
-                axes.text(column, row, str(rank), ha="center", va="center", color=ink, fontsize=10)
+                number = f"{rank:.1f}".removesuffix(".0")  # a mean, where a cell has several matrices
+                axes.text(column, row, number, ha="center", va="center", color=ink, fontsize=10)
     axes.set_xticks(range(len(grid.layers)), grid.layers, rotation=60 if wide else 0)
     axes.set_yticks(range(len(grid.modules)), grid.modules)
     axes.set_xticks([x - 0.5 for x in range(1, len(grid.layers))], minor=True)

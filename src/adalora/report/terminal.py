@@ -44,19 +44,28 @@ def number(value: float | None) -> str:
     return "undefined" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def console() -> Console:
-    """Where results go. Elsewhere than on a terminal, lines are as long as they are."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
+def console(stderr: bool = False) -> Console:
+    """Where words go: to stdout, or to stderr where that is for machines. Elsewhere than on a terminal, lines are as
+    long as they are."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(highlight=False, soft_wrap=False, stderr=stderr, width=None if stream.isatty() else 110)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0:07, 12:30, 3:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def print_lines(out: Console, lines: Mapping[str, str]) -> None:
-    """Named facts, one below the other."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
+    """Named facts, one below the other; each continues below its own beginning where it is too long for a line."""
+    indent = max(map(len, lines), default=0) + 2
     for name, text in lines.items():
-        table.add_row(name, Text(text))
-    out.print(table)
+        rows = Text(text).wrap(out, max(out.width - indent, 20))
+        for row, label in zip(rows, [name, *[""] * len(rows)], strict=False):
+            row.rstrip()
+            out.print(Text.assemble((f"{label:{indent}}", "bold"), row), soft_wrap=True)
     out.print()
 
 
@@ -74,7 +83,7 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     baseline = metrics["baseline"] or {"metrics": {}, "answer": ""}
     out.print(metric_table(metrics["metrics"], baseline["metrics"], baseline["answer"], metrics["method"]))
     minutes, seconds = divmod(round(metrics["seconds"]), 60)
-    out.print(f"Trained in {minutes} min {seconds} s. In {folder}:")
+    out.print(f"Trained in {f'{minutes} min ' if minutes else ''}{seconds} s. In {folder}:")
     loading = _loading(folder, metrics["loading"])
     form = "plain LoRA" if metrics["loading"]["peft"] else "what was trained"
     files = {name: f"{form}, {size / 1e3:,.0f} kB" for name, size in metrics["saved_bytes"].items()}
@@ -164,7 +173,7 @@ def _table(grid: Grid, corner: str) -> Table:
         table.add_column(layer, justify="right")
     table.add_column("mean", justify="right", style="bold")
     for module, row in zip(grid.modules, grid.values, strict=True):
-        table.add_row(module, *("" if rank is None else str(rank) for rank in row), _mean(row))
+        table.add_row(module, *("" if rank is None else _rank(rank) for rank in row), _mean(row))
     columns = list(zip(*grid.values, strict=True))
     everything = [rank for row in grid.values for rank in row]
     table.add_section()
@@ -176,6 +185,11 @@ def _turned(grid: Grid) -> Grid:
     return Grid(grid.modules, grid.layers, [list(column) for column in zip(*grid.values, strict=True)])
 
 
-def _mean(ranks: list[int | None] | tuple[int | None, ...]) -> str:
+def _rank(rank: float) -> str:
+    """Whole, unless it is the mean of several matrices that share a cell."""
+    return f"{rank:.1f}".removesuffix(".0")
+
+
+def _mean(ranks: Sequence[float | None]) -> str:
     present = [rank for rank in ranks if rank is not None]
     return f"{sum(present) / len(present):.1f}" if present else ""

@@ -71,6 +71,10 @@ class Task(Protocol):
     """The metric to name first, and to compare methods by."""
     metric_names: tuple[str, ...]
     """All that ``metrics`` computes, in the order to show it in."""
+    in_percent: ClassVar[bool]
+    """Whether metrics that are shares run to 100, not to 1."""
+    lower_is_better: ClassVar[frozenset[str]]
+    """Metrics of which less is more."""
 
     label_names: list[str] | None
     """The classes in the order of the model's outputs, or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,34 +11,18 @@ from datasets import ClassLabel, Dataset
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
-from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from ..data import DataError
 from ..recipe import RecipeError
-from .base import (
-    Answer,
-    Columns,
-    ModelKind,
-    Options,
-    Setup,
-    check_columns,
-    check_text,
-    logits,
-    register,
-    text_rows,
-    tokenize,
-)
+from .base import Answer, Setup, register
+from .whole_text import WholeText
 
 
 @register("classification")
-class Classification:
+class Classification(WholeText):
     """Accuracy, macro-averaged F1 and Matthews correlation over named classes."""
 
-    kind: ClassVar[ModelKind] = "sequence classification"
-    columns: ClassVar[Columns] = Columns("text", None, "label")
-    max_length: ClassVar[int] = 128
-    options: ClassVar[type[Options]] = Options
     headline: ClassVar[str] = "accuracy"
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
 
@@ -48,16 +32,10 @@ class Classification:
     """The classes that training rows had; None, of a task that is only evaluated: all of ``label_names``."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+        super().__init__(setup)
         self.label_names = setup.label_names
         if len(set(setup.label_names or ())) != len(setup.label_names or ()):
             raise RecipeError(f"data.label_names names a class twice: {', '.join(setup.label_names or ())}")
-
-    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
-        """The text columns hold text, the label column something in every row."""
-        check_text(rows, self.setup.columns.of_text(), source)
-        if with_targets:
-            check_columns(rows, [self.setup.columns.label], source)
 
     def fit(self, rows: Dataset) -> Self:
         """The classes are ``label_names``, else those that the column declares, else those that occur."""
@@ -86,16 +64,11 @@ class Classification:
 
     def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
         """Tokens, and the index of the class."""
-        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows))
-
-    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-        """Pad to the longest row of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return self.inputs(rows, tokenizer).add_column("labels", self.targets(rows))
 
     def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
         """The most probable class, its probability, and the probability of each class."""
-        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
-        return [self._answer(softmax(row.astype(np.float64))) for row in outputs]
+        return [self._answer(softmax(row)) for row in self.outputs(model, tokenizer, rows, batch_size)]
 
     def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
         """Metrics of the most probable class."""
@@ -115,10 +88,6 @@ class Classification:
         targets = np.array(self.targets(rows))
         majority = np.bincount(targets).argmax()
         return f"always {self._names[majority]!r}", self.scores(np.full_like(targets, majority), targets)
-
-    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
-        """The texts in the columns that the task reads."""
-        return text_rows(self.setup.columns, texts, pairs)
 
     def targets(self, rows: Dataset) -> list[int]:
         """Index of each row's class; DataError on a class that was not there in training."""
@@ -140,9 +109,6 @@ class Classification:
     @property
     def _index(self) -> dict[str, int]:
         return {name: position for position, name in enumerate(self._names)}
-
-    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
 
     def _answer(self, probabilities: np.ndarray) -> Answer:
         best = int(probabilities.argmax())

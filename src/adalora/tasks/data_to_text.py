@@ -110,6 +110,7 @@ class _DataToText(TextGeneration):
     options: ClassVar[type[Options]] = DataToTextOptions
     headline: ClassVar[str] = "bleu"
     metric_names: ClassVar[tuple[str, ...]] = _METRICS
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"ter"})
 
     def scores(self, texts: Sequence[str], rows: Dataset) -> dict[str, float]:
         """Each distinct input counts once."""
@@ -168,6 +169,7 @@ class WebNLG(_DataToText):
         *_METRICS,
         *(f"{name}_{part}" for part in ("seen", "unseen") for name in _METRICS),
     )
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"ter", "ter_seen", "ter_unseen"})
     read = staticmethod(read_webnlg)
 
     def scores(self, texts: Sequence[str], rows: Dataset) -> dict[str, float]:

@@ -85,6 +85,8 @@ class GlueClassification(Classification):
 class GlueRegression(Regression):
     """A task of GLUE with numbers: both correlations, and their mean."""
 
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+
     def targets(self, rows: Dataset) -> list[float]:
         """The number in each row; DataError on anything else."""
         values = super().targets(rows)

@@ -58,6 +58,8 @@ class Instruction:
     options: ClassVar[type[Options]] = InstructionOptions
     headline: ClassVar[str] = "perplexity"
     metric_names: ClassVar[tuple[str, ...]] = ("perplexity", "exact_match", "answer_tokens")
+    in_percent: ClassVar[bool] = False
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"perplexity"})
 
     label_names: list[str] | None = None
 

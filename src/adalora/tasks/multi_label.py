@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,25 +12,13 @@ from pydantic import Field
 from scipy.special import expit
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
-from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from ..data import DataError
 from ..recipe import RecipeError
-from .base import (
-    Answer,
-    Columns,
-    ModelKind,
-    Options,
-    Setup,
-    check_columns,
-    check_text,
-    logits,
-    register,
-    text_rows,
-    tokenize,
-)
+from .base import Answer, Columns, Options, Setup, register
 from .classification import in_order, listed
+from .whole_text import WholeText
 
 
 class MultiLabelOptions(Options):
@@ -43,13 +31,11 @@ class MultiLabelOptions(Options):
 
 
 @register("multi_label")
-class MultiLabel:
+class MultiLabel(WholeText):
     """One yes or no for each label, trained with the binary cross-entropy. Micro- and macro-averaged F1, and the share
     of rows whose labels are all right."""
 
-    kind: ClassVar[ModelKind] = "sequence classification"
     columns: ClassVar[Columns] = Columns("text", None, "labels")
-    max_length: ClassVar[int] = 128
     options: ClassVar[type[Options]] = MultiLabelOptions
     headline: ClassVar[str] = "micro_f1"
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy")
@@ -58,7 +44,7 @@ class MultiLabel:
     """``data.label_names``, or ``options.label_columns``, or what ``fit`` found."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+        super().__init__(setup)
         columns: list[str] | None = setup.options.label_columns
         names = setup.label_names or columns or []
         if columns is not None and names != columns:
@@ -67,11 +53,10 @@ class MultiLabel:
             raise RecipeError(f"the labels name one of them twice: {', '.join(names)}")
         self.label_names = names or None
 
-    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
-        """The text columns hold text, the label columns something in every row."""
-        check_text(rows, self.setup.columns.of_text(), source)
-        if with_targets:
-            check_columns(rows, self.setup.options.label_columns or [self.setup.columns.label], source)
+    @property
+    def target_columns(self) -> list[str]:
+        """One, or one for each label."""
+        return self.setup.options.label_columns or [self.setup.columns.label]
 
     def fit(self, rows: Dataset) -> Self:
         """The labels are those that the recipe names, else those that the column declares, else those that occur."""
@@ -98,16 +83,11 @@ class MultiLabel:
 
     def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
         """Tokens, and 1.0 or 0.0 for each label."""
-        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows).astype(np.float32).tolist())
-
-    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-        """Pad to the longest row of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return self.inputs(rows, tokenizer).add_column("labels", self.targets(rows).astype(np.float32).tolist())
 
     def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
         """The labels at or above the threshold, and the probability of each label."""
-        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
-        return [self._answer(expit(row.astype(np.float64))) for row in outputs]
+        return [self._answer(expit(row)) for row in self.outputs(model, tokenizer, rows, batch_size)]
 
     def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
         """Metrics of the answered labels."""
@@ -124,10 +104,6 @@ class MultiLabel:
         predicted = np.zeros_like(targets)
         predicted[:, chosen] = 1
         return f"always {listed([self._names[index] for index in chosen])}", _metrics(predicted, targets)
-
-    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
-        """The texts in the columns that the task reads."""
-        return text_rows(self.setup.columns, texts, pairs)
 
     def targets(self, rows: Dataset) -> np.ndarray:
         """0 or 1, [rows, labels]; DataError on a label that the task does not have."""
@@ -150,9 +126,6 @@ class MultiLabel:
         for row, names in enumerate(labels):
             matrix[row, [index[name] for name in names]] = 1
         return matrix
-
-    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
 
     def _answer(self, probabilities: np.ndarray) -> Answer:
         scores = dict(zip(self._names, probabilities.tolist(), strict=True))

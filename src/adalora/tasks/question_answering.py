@@ -76,6 +76,8 @@ class QuestionAnswering:
     headline: ClassVar[str] = "f1"
     metric_names: tuple[str, ...] = ("f1", "exact_match")
     """More with ``unanswerable``: the same of the questions that have an answer, and of those that have none."""
+    in_percent: ClassVar[bool] = True
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
 
     label_names: list[str] | None = None
 

@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
-from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from ..data import DataError
 from ..recipe import RecipeError
-from .base import (
-    Answer,
-    Columns,
-    ModelKind,
-    Options,
-    Setup,
-    check_columns,
-    check_text,
-    logits,
-    register,
-    text_rows,
-    tokenize,
-)
+from .base import Answer, Setup, register
+from .whole_text import WholeText
 
 
 @register("regression")
-class Regression:
+class Regression(WholeText):
     """Pearson and Spearman correlation, and mean squared error."""
 
-    kind: ClassVar[ModelKind] = "sequence classification"
-    columns: ClassVar[Columns] = Columns("text", None, "label")
-    max_length: ClassVar[int] = 128
-    options: ClassVar[type[Options]] = Options
     headline: ClassVar[str] = "pearson"
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"mse"})
 
     label_names: list[str] | None = None
 
     def __init__(self, setup: Setup) -> None:
         if setup.label_names is not None:
             raise RecipeError("data.label_names has no meaning for numbers: leave it out, or use task classification")
-        self.setup = setup
-
-    def check(self, rows: Dataset, source: str, with_targets: bool = True) -> None:
-        """The text columns hold text, the label column something in every row."""
-        check_text(rows, self.setup.columns.of_text(), source)
-        if with_targets:
-            check_columns(rows, [self.setup.columns.label], source)
+        super().__init__(setup)
 
     def fit(self, rows: Dataset) -> Self:
         """Check that there are numbers to learn."""
@@ -68,16 +47,11 @@ class Regression:
 
     def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
         """Tokens, and the number."""
-        return self._inputs(rows, tokenizer).add_column("labels", self.targets(rows))
-
-    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-        """Pad to the longest row of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return self.inputs(rows, tokenizer).add_column("labels", self.targets(rows))
 
     def predict(self, model: nn.Module, tokenizer: Any, rows: Dataset, batch_size: int) -> list[Answer]:
         """The number for each row."""
-        outputs = logits(model, tokenizer, self._inputs(rows, tokenizer), batch_size)
-        return [{"value": float(row.item())} for row in outputs]
+        return [{"value": float(row.item())} for row in self.outputs(model, tokenizer, rows, batch_size)]
 
     def metrics(self, answers: Sequence[Answer], rows: Dataset) -> dict[str, float]:
         """Metrics of the one output. A correlation with a constant is not defined."""
@@ -89,10 +63,6 @@ class Regression:
         mean = float(np.mean(targets))
         return f"always {mean:.3g}", _metrics(np.full(len(targets), mean), targets)
 
-    def rows_of(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
-        """The texts in the columns that the task reads."""
-        return text_rows(self.setup.columns, texts, pairs)
-
     def targets(self, rows: Dataset) -> list[float]:
         """The number in each row; DataError on anything else."""
         column = self.setup.columns.label
@@ -103,9 +73,6 @@ class Regression:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise DataError(f"column {column!r} should hold numbers; row {index + 1} has {value!r}")
         return [float(value) for value in values]
-
-    def _inputs(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        return tokenize(rows, self.setup.columns.of_text(), tokenizer, self.setup.max_length)
 
 
 def _metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:

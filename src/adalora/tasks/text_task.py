@@ -35,6 +35,8 @@ class TextGeneration(ABC):
     options: ClassVar[type[Options]] = GenerationOptions
     headline: ClassVar[str]
     metric_names: ClassVar[tuple[str, ...]]
+    in_percent: ClassVar[bool] = True
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
 
     label_names: list[str] | None = None
 

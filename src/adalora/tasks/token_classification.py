@@ -57,6 +57,8 @@ class TokenClassification:
     options: ClassVar[type[Options]] = TokenOptions
     headline: ClassVar[str] = "f1"
     metric_names: ClassVar[tuple[str, ...]] = ("precision", "recall", "f1", "accuracy")
+    in_percent: ClassVar[bool] = False
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
 
     label_names: list[str] | None
     """``data.label_names``, or what ``fit`` found."""

@@ -1,0 +1,211 @@
+"""What a run will do, in words or as JSON, before it does it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from .core.schedule import Schedule
+from .preparation import Prepared
+from .progress import Budget
+from .report.terminal import number, print_lines
+
+_NAME = 210  # bytes that the name and place of a tensor take in an adapter's file
+
+
+class Phase(NamedTuple):
+    """Steps ``first`` to ``last`` of a schedule, both included."""
+
+    name: str  # warm-up, pruning or final; fixed where nothing is pruned
+    first: int
+    last: int
+    before: int  # triplets that may live when it begins
+    after: int  # and when it ends
+
+
+def phases(schedule: Schedule, after_step: int = 0) -> list[Phase]:
+    """The phases of a schedule, without the steps up to ``after_step``."""
+    if schedule.prunes:
+        ends = {"warm-up": schedule.t_init, "pruning": schedule.final_step, "final": schedule.total_step}
+    else:
+        ends = {"fixed": schedule.total_step}
+    found, done = [], after_step
+    for name, last in ends.items():
+        if last > done:
+            found.append(Phase(name, done + 1, last, schedule.budget(done), schedule.budget(last)))
+            done = last
+    return found
+
+
+def budget_of(prepared: Prepared) -> Budget | None:
+    """What one who watches the training may ask about its budget; None of a method that has none."""
+    schedule = prepared.budget
+    if schedule is None:
+        return None
+    course = phases(schedule) if schedule.prunes else []
+    return Budget(
+        at=schedule.budget,
+        phase=lambda step: next((phase.name for phase in course if step <= phase.last), ""),
+        live=lambda: sum(prepared.adapted.ranks().values()),
+    )
+
+
+def as_json(prepared: Prepared) -> dict[str, Any]:
+    """What will happen, for machines. Sizes at the end are what the budget leaves if it is spread evenly."""
+    recipe, data, schedule, ranks = prepared.recipe, prepared.recipe.data, prepared.budget, prepared.initial_ranks
+    start = prepared.trainable_parameters - prepared.head_parameters
+    end = start - _pruned_parameters(prepared)
+    entries = next(p.element_size() for p in prepared.model.parameters() if p.requires_grad)
+    return {
+        "model": recipe.model,
+        "task": recipe.task,
+        "classes": data.label_names,
+        "method": recipe.method,
+        "train_rows": {"source": data.train, "count": len(prepared.train)},
+        "eval_rows": {
+            "source": data.eval or data.train,
+            "split": None if data.eval else data.eval_split,
+            "count": len(prepared.evaluation),
+        },
+        "baseline": {"answer": prepared.baseline[0], "metrics": prepared.baseline[1]} if prepared.baseline else None,
+        "matrices": len(ranks),
+        "initial_ranks": ranks,
+        "budget": None if schedule is None else {"initial": schedule.initial_budget, "target": schedule.target_budget},
+        "parameters": {
+            "adapter_start": start,
+            "adapter_end": end,
+            "head": prepared.head_parameters,
+            "frozen": prepared.frozen_parameters,
+        },
+        "steps": prepared.total_steps,
+        "resumed_from_step": prepared.resumed_step,
+        "phases": [] if schedule is None else [phase._asdict() for phase in phases(schedule, _done(prepared))],
+        "steps_between_allocations": schedule.delta_t if schedule is not None and schedule.prunes else None,
+        "rows_per_step": prepared.rows_per_step,
+        "learning_rate": recipe.training.learning_rate,
+        "seed": recipe.seed,
+        "output": str(prepared.folder.path),
+        "result": _result(prepared),
+        "result_bytes": (end + prepared.head_parameters) * entries + 2 * len(ranks) * _NAME,
+    }
+
+
+def announce(out: Console, prepared: Prepared) -> None:
+    """What will happen, in words."""
+    facts, recipe = as_json(prepared), prepared.recipe
+    classes = recipe.data.label_names
+    lines = {
+        "Task": f"{recipe.task} into {', '.join(classes)}" if classes else recipe.task,
+        "Data": _rows(facts),
+        "Model": f"{recipe.model}, {prepared.frozen_parameters:,} parameters, frozen"
+        if prepared.frozen_parameters
+        else f"{recipe.model}, of which every parameter is trained",
+        "Method": _method(prepared),
+        "Trained": _sizes(facts),
+        "Steps": f"{prepared.total_steps:,} of {prepared.rows_per_step} rows each, "
+        f"learning rate {recipe.training.learning_rate:g}, seed {recipe.seed}",
+        "Phases": _course(prepared),
+        "Resuming": _resuming(prepared),
+        "Result": f"{facts['result']} in {prepared.folder.path}, about {_size(facts['result_bytes'])}",
+    }
+    print_lines(out, {name: text for name, text in lines.items() if text})
+
+
+def _rows(facts: Mapping[str, Any]) -> str:
+    train, held_out = facts["train_rows"], facts["eval_rows"]
+    source = f"split {held_out['split']}" if held_out["split"] else held_out["source"]
+    rows = f"{train['count']:,} training rows of {train['source']}\n{held_out['count']:,} held-out rows of {source}"
+    if facts["baseline"] is not None:
+        metrics = facts["baseline"]["metrics"]
+        headline = next((name for name, value in metrics.items() if math.isfinite(value)), "")
+        rows += f"\nTo beat: {facts['baseline']['answer']}, {headline} {number(metrics.get(headline))}"
+    return rows
+
+
+def _method(prepared: Prepared) -> str:
+    """What becomes of which matrices."""
+    method, ranks, schedule = prepared.recipe.method, prepared.initial_ranks, prepared.budget
+    if not ranks:
+        return method
+    first, last = min(ranks.values()), max(ranks.values())
+    spread = f"rank {first}" if first == last else f"ranks {first} to {last}"
+    if schedule is None or not schedule.prunes:
+        return f"{method} on {len(ranks)} matrices, {spread} each"
+    end = schedule.target_budget / len(ranks)
+    return f"{method} on {len(ranks)} matrices, {spread} each at first, {end:.3g} on average at the end"
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    """How many parameters that are."""
+    sizes = facts["parameters"]
+    start, end, head, frozen = sizes["adapter_start"], sizes["adapter_end"], sizes["head"], sizes["frozen"]
+    course = f"{start:,} parameters" if start == end else f"{start:,} parameters at first, about {end:,} at the end"
+    share = f" ({end / frozen:.2%} of the model)" if frozen and start else ""
+    if not start:
+        return f"{head:,} parameters, the output layer"
+    return f"{course}{share}" + (f"; {head:,} in the output layer" if head else "")
+
+
+def _course(prepared: Prepared) -> str:
+    """The budget from step to step."""
+    schedule = prepared.budget
+    if schedule is None:
+        return ""
+    unit = "doublets" if "doublets" in prepared.schedule else "triplets"
+    every = "every step" if schedule.delta_t == 1 else f"every {schedule.delta_t} steps"
+    words = {
+        "fixed": "{before:,} {unit}, nothing is pruned",
+        "warm-up": "warm-up, all {before:,} {unit}",
+        "pruning": "pruning to {after:,} {unit}, {every}",
+        "final": "final, {after:,} {unit}, ranks fixed",
+    }
+    course = phases(schedule, _done(prepared))
+    spans = [
+        f"steps {phase.first}-{phase.last}" if phase.first < phase.last else f"step {phase.first}" for phase in course
+    ]
+    width = max(map(len, spans), default=0)
+    return "\n".join(
+        f"{span:{width}}  {words[phase.name].format(**phase._asdict(), unit=unit, every=every)}"
+        for span, phase in zip(spans, course, strict=True)
+    )
+
+
+def _pruned_parameters(prepared: Prepared) -> int:
+    """How many parameters the budget takes from the adapter, if it takes the same share of each matrix."""
+    header, schedule = prepared.adapted.header, prepared.budget
+    if header is None or schedule is None:
+        return 0
+    begins = header()
+    initial: int = sum(map(operator.mul, begins["triplet_parameters"], begins["initial_ranks"]))
+    return round(initial * (1 - schedule.target_budget / schedule.initial_budget))
+
+
+def _resuming(prepared: Prepared) -> str:
+    if prepared.mode != "resume":
+        return ""
+    if prepared.resumed_step is None:
+        return "from the beginning: the interrupted run has no complete checkpoint"
+    left = prepared.total_steps - prepared.resumed_step
+    return f"after step {prepared.resumed_step:,}; {left:,} steps are left"
+
+
+def _done(prepared: Prepared) -> int:
+    return prepared.resumed_step or 0
+
+
+def _result(prepared: Prepared) -> str:
+    if prepared.initial_ranks:
+        return "a plain LoRA adapter"
+    return "what was trained" if prepared.frozen_parameters else "the whole model"
+
+
+def _size(count: int) -> str:
+    """Bytes for people, to two digits: they are an estimate."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{float(f'{count / size:.2g}'):g} {unit}"
+    return f"{float(f'{count / 1e3:.2g}'):g} kB"

@@ -1,0 +1,99 @@
+"""``adalora train | plan``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..quiet import quieten
+from .asked import Asked, takes_recipe
+from .options import AsJson
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..recipe import Recipe
+    from ..runs import Mode
+
+
+@takes_recipe
+def train(
+    asked: Asked,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model by a RECIPE or flags; with neither, the demo.
+
+    The demo is MiniLM on film reviews. Flags and --set take the place of what the recipe says.
+    """
+    if overwrite and resume:
+        raise typer.BadParameter("--overwrite and --resume exclude each other: replace the run, or continue it")
+    mode: Mode = "overwrite" if overwrite else "resume" if resume else "new"
+    _train(asked.recipe(resume), mode, as_json)
+
+
+@takes_recipe
+def plan(asked: Asked, as_json: AsJson = False) -> None:
+    """Say what train would do, and check it; nothing is written.
+
+    All that can be checked before training is checked: recipe, data, model, budget, schedule.
+    """
+    quieten()
+    from .. import announcement
+    from ..files import to_json
+    from ..preparation import prepare
+    from ..report.terminal import console
+
+    prepared = prepare(asked.recipe(), "overwrite")
+    if as_json:
+        typer.echo(to_json(announcement.as_json(prepared)))
+        return
+    announcement.announce(console(), prepared)
+
+
+def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
+    quieten()
+    from ..announcement import announce, budget_of
+    from ..preparation import prepare
+    from ..progress import ShowProgress
+    from ..report import terminal
+    from ..report.page import write_report
+    from ..report.run import read_run
+    from ..training import train
+
+    out = terminal.console(stderr=as_json)
+    out.print("reading data and model ...", style="dim")
+    prepared = prepare(recipe, mode)
+    if prepared.finished is not None:
+        out.print(f"The run in {prepared.folder.path} is finished already, and nothing was to be done.")
+        _show(out, prepared.folder.path, prepared.finished, as_json)
+        return
+    announce(out, prepared)
+    progress = ShowProgress(out, prepared.task.metric_names, prepared.task.headline, budget_of(prepared))
+    try:
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):  # Trackio, for one, prints
+            metrics = train(prepared, [progress])
+    except KeyboardInterrupt:
+        progress.stop()
+        typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.stop()
+    write_report(prepared.folder.report, [read_run(prepared.folder.path)])
+    _show(out, prepared.folder.path, metrics, as_json)
+
+
+def _show(out: Console, folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
+    from ..files import to_json
+    from ..report.terminal import print_summary
+
+    print_summary(out, folder, metrics)
+    if as_json:
+        typer.echo(to_json(metrics))
