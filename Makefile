@@ -8,10 +8,11 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow compatibility bench-speed lint format clean
+.PHONY: help demo docs test test-slow compatibility bench-speed lint format clean
 
 help:
 	@echo "make demo       fine-tune MiniLM on real film reviews and show where the budget went"
+	@echo "make docs       build the documentation into site/"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make compatibility  write docs/compatibility.md from what the tests see"
@@ -34,8 +35,15 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e ".[dev]" -c constraints.txt
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) -e ".[docs]" -c constraints.txt
+	touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/adalora train --overwrite
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
@@ -59,4 +67,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

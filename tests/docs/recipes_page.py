@@ -72,7 +72,8 @@ METHODS = {
 """Every method in words."""
 
 OF_ADALORA = """Fields of `AdaLoraConfig`, for the methods `adalora`, `svd_lora`, `lora_pruned` and `peft_adalora`. A
-length is steps (`500`), a fraction of all steps (`0.1`) or epochs (`"2 epochs"`); the [guide](guide.md) has more."""
+length is steps (`500`), a fraction of all steps (`0.1`) or epochs (`"2 epochs"`);
+[Choosing settings](choosing.md) says more."""
 
 OF_LORA = "Ranks that stay as they are: the methods `lora`, `rslora`, `dora`, `pissa` and `eva`."
 
