@@ -51,7 +51,13 @@ def test_a_run_from_training_to_answers(adalora: Run, tiny_run: list[object], fi
     assert metrics["live_triplets"] == 2 * 12 == sum(metrics["ranks"].values())
     assert len(set(metrics["ranks"].values())) > 1
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("96 training rows", "40 held-out rows", "pruning to 24 triplets", "24 = 2 x 12 matrices"):
+    for words in (
+        "96 training rows",
+        "40 held-out rows",
+        "pruning to 24 triplets",
+        "24 of 36 triplets kept, 2 on average in 12 matrices",
+        "report.html",
+    ):
         assert words in " ".join(done.out.split())
     assert "adalora evaluate run" in done.out
 

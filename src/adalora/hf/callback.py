@@ -28,7 +28,8 @@ class AdaLoraCallback(TrainerCallback):
         adapter_name: which adapter, when the model has several.
 
     Each log line of the Trainer gains ``adalora/budget``, ``adalora/live`` (triplets kept) and
-    ``adalora/orthogonality`` (mean ‖XXᵀ - I‖_F).
+    ``adalora/orthogonality`` (mean ‖XXᵀ - I‖_F). What a Trainer reports to (its ``report_to``) is called before these
+    callbacks and does not see them: ``adalora.monitoring.ReportRanks`` sends them there, with the ranks.
     """
 
     def __init__(

@@ -137,8 +137,9 @@ def _stack_spans(layers: Sequence[Layer]) -> list[tuple[str, int, int]]:
 
 
 def _least_width(grid: Cells) -> int:
-    cell = _NARROW_CELL if len(grid.columns) > MANY_LAYERS else _CELL
-    return cell * len(grid.columns) + 7 * max(map(len, grid.kinds), default=0) + 70
+    many = len(grid.columns) > MANY_LAYERS
+    cell, bar = (_NARROW_CELL, 70) if many else (_CELL, 16)  # cells with numbers go without the scale on a phone
+    return cell * len(grid.columns) + 7 * max(map(len, grid.kinds), default=0) + bar
 
 
 def _places(grid: Cells, names: Sequence[str]) -> list[list[list[int]]]:

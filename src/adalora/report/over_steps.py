@@ -131,18 +131,17 @@ def returned_figure(trace: Trace) -> Figure:
     counts = [sum(a.returned) for a in trace.allocations]
     total = sum(counts)
     most = max(range(len(counts)), key=counts.__getitem__)
-    said = (
-        f"Pruned triplets came back {times(total)}; most often at step {steps[most]} ({times(counts[most])})."
-        if total
-        else "No pruned triplet came back."
-    )
+    said = f"Pruned triplets came back {times(total)}." if total else "No pruned triplet came back."
+    if counts[most] > 1:
+        said += f" Most of them at step {steps[most]}, {counts[most]}."
+    whole = {"dtick": 1} if counts[most] < 5 else {}
     bars = {"type": "bar", "x": steps, "y": counts, "marker": {"color": COLOURS[2], "line": {"width": 0}}}
     return Figure(
         key="returned",
         title="Triplets that came back",
         summary=said,
         data=[{**bars, "name": "came back", "hovertemplate": "step %{x}: %{y} came back<extra></extra>"}],
-        layout=_over_steps(trace.schedule, _ends(trace)[1], axis("triplets", rangemode="tozero"), bargap=0.1),
+        layout=_over_steps(trace.schedule, _ends(trace)[1], axis("triplets", rangemode="tozero", **whole), bargap=0.1),
         columns=[Column("step", steps), Column("came back", counts)],
     )
 

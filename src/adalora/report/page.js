@@ -75,7 +75,10 @@ function drawing(element, theme) {
     return labels ? { ...trace, text: labels.map(forPlot) } : trace;
   });
   if (map) Object.assign(traces[0], cellsAt(map, map.at));
-  if (traces[0].numbered) traces.push({ ...NUMBERS, ...numbersOf(traces[0].z, traces[0].zmax) });
+  if (traces[0].numbered) {
+    traces[0].showscale = !matchMedia("(max-width: 30rem)").matches; // the numbers say it, and a phone is narrow
+    traces.push({ ...NUMBERS, ...numbersOf(traces[0].z, traces[0].zmax) });
+  }
   const absent = traces[0].type === "heatmap" ? { plot_bgcolor: palette["--absent"] } : {};
   const named = traces.filter(({ showlegend }) => showlegend !== false).length > 1 || absent.plot_bgcolor;
   const margin = named ? layout.margin : { ...layout.margin, t: 12 };

@@ -75,9 +75,10 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     out.print()
     if ranks:
         live = metrics["live_triplets"]
-        moved = f"{live} of {metrics['initial_triplets']} triplets live, {_average(live, len(ranks))}"
+        average = f"{live / len(ranks):.3g} on average in {len(ranks)} matrices"
+        began = metrics["initial_triplets"]
         out.print(
-            f"Learned ranks: {moved}" if metrics["initial_triplets"] != live else f"Ranks: {_average(live, len(ranks))}"
+            f"Learned ranks: {live} of {began} triplets kept, {average}" if began != live else f"Ranks: {average}"
         )
         out.print(rank_table(ranks, out.width))
     baseline = metrics["baseline"] or {"metrics": {}, "answer": ""}
@@ -87,6 +88,8 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     loading = _loading(folder, metrics["loading"])
     form = "plain LoRA" if metrics["loading"]["peft"] else "what was trained"
     files = {name: f"{form}, {size / 1e3:,.0f} kB" for name, size in metrics["saved_bytes"].items()}
+    if (folder / "report.html").is_file():
+        files = {"report.html": "where the budget went, and all else: open it in a browser"} | files
     if (folder / "trace.jsonl").is_file():
         files["ranks.png"] = "a picture of the learned ranks"
         files["metrics.json, trace.jsonl"] = "the figures above, and each allocation on the way"
@@ -113,11 +116,6 @@ def _program() -> str:
         return "adalora"
     called = Path(sys.argv[0])
     return shlex.quote(str(called)) if called.name == "adalora" else f"{shlex.quote(sys.executable)} -m adalora"
-
-
-def _average(live: int, matrices: int) -> str:
-    whole, rest = divmod(live, matrices)
-    return f"{live} = {whole} x {matrices} matrices" if rest == 0 else f"{live / matrices:.2f} on average"
 
 
 def answer_table(texts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> Table:
