@@ -146,9 +146,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     if data.max_length is None:
         data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
     task = task_of(recipe)
+    train_rows = read_rows(data.train, data.train_split, data.config)
     if data.eval is None and not has_splits(data.train):
         raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
-    train_rows = read_rows(data.train, data.train_split, data.config)
     task.check(train_rows, data.train)  # all of them, so that a fault is in the row that it names
     train_rows = sample(train_rows, data.max_train_rows)
     task = task.fit(train_rows)

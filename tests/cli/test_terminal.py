@@ -214,3 +214,23 @@ def test_where_a_run_cannot_report_to(name: str, complaint: str, adalora: Run, t
     done = adalora("train", *tiny_run, "--set", f"training.report_to=[{name}]")
     assert done.code == 2 and re.search(complaint, done.err), done.err
     assert not Path("run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ completion
+
+
+@pytest.mark.parametrize(
+    ("asked", "offered"),
+    [
+        ({"_ADALORA_COMPLETE": "complete_bash", "COMP_WORDS": "adalora in", "COMP_CWORD": "1"}, {"inspect"}),
+        ({"_ADALORA_COMPLETE": "complete_bash", "COMP_WORDS": "adalora plan --ta", "COMP_CWORD": "2"},
+         {"--task", "--target-r"}),
+        ({"_ADALORA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "adalora export --ov"}, {"--overwrite"}),
+    ],
+)  # fmt: skip
+def test_shells_complete_commands_and_options(asked: dict[str, str], offered: set[str]) -> None:
+    """What bash and zsh get when they ask, as their completion scripts do."""
+    command = [sys.executable, "-c", "from adalora.cli import main; main()"]
+    shell = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    done = subprocess.run(command, env={**shell, **asked}, capture_output=True, text=True, check=False)
+    assert set(re.findall(r"--[a-z-]+|inspect", done.stdout)) == offered, done.stderr

@@ -11,7 +11,7 @@ from ..quiet import quieten
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of runs, finished or not.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Default: report.html, in DIR if there is one.", show_default=False),
