@@ -23,7 +23,7 @@ from .methods.sizes import parse_budget
 from .pretrained import Form, form_of, load_model, load_tokenizer, longest
 from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, validated
 from .runs import Mode, RunError, RunFolder
-from .tasks import Task
+from .tasks import StartsOutput, Task
 
 _PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
 
@@ -166,6 +166,8 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     arguments = _arguments(recipe, folder)
     set_seed(recipe.seed)  # the new output layer and the adapter start from random numbers
     model = load_model(recipe.model, task, tokenizer)
+    if isinstance(task, StartsOutput):
+        task.start_output(model)
     if recipe.budget is not None:
         recipe = _within_budget(recipe, method, model)
     if mode == "resume":

@@ -128,6 +128,15 @@ class Signed(Protocol):
         ...
 
 
+@runtime_checkable
+class StartsOutput(Protocol):
+    """A task that knows from its training rows where a new output layer should start."""
+
+    def start_output(self, model: nn.Module) -> None:
+        """Set the new output layer of ``model``; one that was trained before is left as it is."""
+        ...
+
+
 _REGISTRY: dict[str, type[Task]] = {}
 _T = TypeVar("_T")
 

@@ -39,7 +39,20 @@ class Regression(WholeText):
         if len(set(values)) < 2:
             column = self.setup.columns.label
             raise DataError(f"column {column!r} holds one value only, {values[0]}: there is nothing to learn")
+        self._mean = sum(values) / len(values)
         return self
+
+    def start_output(self, model: nn.Module) -> None:
+        """Let the new output layer begin with the mean of the training rows. From 0, the first steps of every weight
+        go into finding it, all in one direction, which a short training does not recover from (decision 012). An
+        output layer without a bias is left as it is."""
+        body: nn.Module = getattr(model, "base_model", model)
+        pretrained = set(body.modules())
+        for module in model.modules():
+            if module in pretrained or not isinstance(module, nn.Linear) or module.out_features != 1:
+                continue
+            if module.bias is not None and not module.bias.any():  # a bias of exactly 0 was never trained
+                nn.init.constant_(module.bias, self._mean)
 
     def head(self) -> dict[str, Any]:
         """One output, trained with the squared error."""
