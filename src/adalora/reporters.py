@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -19,9 +20,6 @@ from transformers.trainer_utils import IntervalStrategy
 from .monitoring import ReportRanks
 from .recipe import RecipeError
 from .runs import RunFolder
-
-if TYPE_CHECKING:
-    from .preparation import Prepared
 
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}  # that are not called as their integration is
 
@@ -46,16 +44,27 @@ def run_name(folder: RunFolder) -> str:
     return f"{folder.path.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def attach(trainer: Trainer, prepared: Prepared) -> None:
-    """Let the Trainer report ranks and budget, too; TensorBoard's files lie in the run's folder."""
+def attach(
+    trainer: Trainer,
+    tensorboard: Path,
+    resumed_step: int | None,
+    ranks: Callable[[], Mapping[str, int]] | None,
+    budget: Callable[[int], int] | None,
+) -> None:
+    """Let the Trainer report ranks and budget, too.
+
+    Args:
+        tensorboard: folder for TensorBoard's files.
+        resumed_step: that a resumed run goes on from.
+        ranks: of each matrix now; None of a method without ranks.
+        budget: step -> budget; None of a method without one.
+    """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
-            callback.logging_dir = str(prepared.folder.tensorboard)
-            after = prepared.resumed_step
-            callback.tb_writer = _writer(callback.logging_dir, None if after is None else after + 1)
-    if prepared.initial_ranks:
-        budget = prepared.budget.budget if prepared.budget is not None else None
-        trainer.add_callback(ReportRanks(trainer, ranks=prepared.adapted.ranks, budget=budget))
+            callback.logging_dir = str(tensorboard)
+            callback.tb_writer = _writer(callback.logging_dir, None if resumed_step is None else resumed_step + 1)
+    if ranks is not None:
+        trainer.add_callback(ReportRanks(trainer, ranks=ranks, budget=budget))
     trainer.add_callback(_EvaluateAtTheEnd())
 
 

@@ -55,7 +55,9 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         averages_over_items=prepared.form.task_type == "CAUSAL_LM",
     )
     if recipe.training.report_to:
-        reporters.attach(trainer, prepared)
+        ranks = prepared.adapted.ranks if prepared.initial_ranks else None
+        budget = prepared.budget.budget if prepared.budget else None
+        reporters.attach(trainer, folder.tensorboard, prepared.resumed_step, ranks, budget)
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
     if not math.isfinite(outcome.training_loss):  # since the last log
         raise diverged(outcome.training_loss, trainer.state.global_step)

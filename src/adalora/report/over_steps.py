@@ -22,8 +22,6 @@ def budget_figure(trace: Trace) -> Figure:
     budgets = [trace.initial_budget, *(a.budget for a in trace.allocations)]
     live = [sum(trace.initial_ranks), *(sum(a.ranks) for a in trace.allocations)]
     end = max(last, steps[-1])
-    drawn = [[*series, series[-1]] for series in (steps[:-1] + steps[-1:], budgets, live)]
-    drawn[0][-1] = end
     wide = {"width": 7, "shape": "hv"}
     agree = "At every ranking as many triplets live as the budget allows." if budgets == live else ""
     return Figure(
@@ -32,8 +30,8 @@ def budget_figure(trace: Trace) -> Figure:
         summary=f"The budget falls from {number(budgets[0])} to {number(budgets[-1])} triplets by step {steps[-1]}; "
         f"{number(live[-1])} triplets live at the end. {agree}".strip(),
         data=[
-            line("budget", drawn[0], drawn[1], "var(--budget)", line=wide),
-            line("live triplets", drawn[0], drawn[2], "var(--ink)", line={"width": 1.6, "shape": "hv"}),
+            line("budget", [*steps, end], [*budgets, budgets[-1]], "var(--budget)", line=wide),
+            line("live triplets", [*steps, end], [*live, live[-1]], "var(--ink)", line={"width": 1.6, "shape": "hv"}),
         ],
         layout=_over_steps(trace.schedule, end, axis("triplets", rangemode="tozero"), hovermode="x unified"),
         columns=[Column("step", steps), Column("budget", budgets), Column("live triplets", live)],
