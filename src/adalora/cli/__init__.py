@@ -87,7 +87,7 @@ def _version(
 def main() -> None:
     """Run the command line; every deliberate error becomes one line."""
     try:
-        app()
+        app(prog_name="adalora")  # however it was started, so that completion and help always name it
     except AdaLoraError as error:
         _fail(str(error), 1 if isinstance(error, RuntimeError) else 2)
     except ModuleNotFoundError as error:
