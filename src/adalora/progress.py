@@ -12,7 +12,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .report.terminal import duration, number
+from .report.terminal import clock, number
 
 _LINES = 10  # how many lines of progress a run writes where there is no terminal
 _GAP = "  "
@@ -146,5 +146,5 @@ def _width(parts: list[_Part]) -> int:
 
 def _time(task: Task) -> str:
     if task.finished:
-        return f"took {duration(task.elapsed or 0)}"
-    return "" if task.time_remaining is None else f"{duration(task.time_remaining)} left"
+        return f"took {clock(task.elapsed or 0)}"
+    return "" if task.time_remaining is None else f"{clock(task.time_remaining)} left"

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from adalora.bench.cells import record_of
-from adalora.bench.display import duration, time_left
+from adalora.bench.display import time_left
 from adalora.bench.errors import BenchError
 from adalora.bench.grid import Group, read_grid
 from adalora.bench.pools import PRELOADED, places
@@ -265,7 +265,6 @@ def test_what_is_left_is_estimated_from_its_like() -> None:
     mean = 130 / 3
     assert time_left(left, records, 2) == pytest.approx((15 + mean + mean) / 2)
     assert time_left(left, records[3:], 2) is None
-    assert [duration(seconds) for seconds in (45, 700, 12000)] == ["45 s", "12 min", "3 h 20 min"]
 
 
 def test_what_the_server_of_cells_preloads_exists() -> None:

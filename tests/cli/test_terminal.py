@@ -18,7 +18,7 @@ from rich.console import Console
 
 from adalora.announcement import Phase, phases
 from adalora.core.schedule import Schedule
-from adalora.report.terminal import duration, print_lines
+from adalora.report.terminal import clock, duration, print_lines
 
 from .conftest import Finished
 
@@ -163,7 +163,9 @@ def test_phases_cover_the_steps_that_are_left(
 
 
 def test_times_and_facts_for_people() -> None:
-    assert [duration(seconds) for seconds in (0.4, 7, 750, 10800)] == ["0:00", "0:07", "12:30", "3:00:00"]
+    assert [clock(seconds) for seconds in (0.4, 7, 750, 10800)] == ["0:00", "0:07", "12:30", "3:00:00"]
+    in_words = {0.4: "0 s", 45: "45 s", 59.6: "1 min", 750: "12 min 30 s", 12007: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in in_words} == in_words
     out = io.StringIO()
     print_lines(Console(file=out, width=30), {"Name": "one two three four five six seven", "Longer": "a\nb"})
     styled = io.StringIO()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from ..report.terminal import number
+from ..report.terminal import duration, number
 from .choose import cells_known, lost_groups
 from .grid import Cell, Grid, Group
 from .records import Record
@@ -77,7 +77,7 @@ class Display:
         parts = [f"{len(self._records) - failed} done"]
         parts += [f"{failed} failed"] if failed else []
         parts += [f"{len(left)} left"] if left else []
-        parts += [f"about {duration(seconds)}"] if seconds else []
+        parts += [f"about {duration(max(60 * round(seconds / 60), 60))}"] if seconds else []  # no seconds in a guess
         return ", ".join(parts)
 
     def _say(self, line: str, style: str | None = None) -> None:
@@ -107,11 +107,3 @@ def _left(grid: Grid, records: Mapping[str, Record]) -> list[Group]:
     left = [cell.group for cell in known if cell.folder not in records]
     settled = {cell.group for cell in known if cell.role == "report"} | set(lost_groups(grid, records))
     return left + [group for group in grid.groups if group not in settled for _ in grid.seeds.report]
-
-
-def duration(seconds: float) -> str:
-    """A time for people: ``45 s``, ``12 min``, ``3 h 20 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

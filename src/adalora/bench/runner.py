@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ..report.terminal import duration
 from .cells import CellFolder, Job, check_asked, clear, job_of, record_of, settle
 from .choose import cells_known, lost_groups
-from .display import Display, duration
+from .display import Display
 from .errors import BenchError
 from .grid import Cell, Grid, Group, read_grid
 from .pools import LocalPool, Pool

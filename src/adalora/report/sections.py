@@ -15,6 +15,7 @@ from .markup import isolated, number, table, text
 from .over_matrices import score_figure, share_figures
 from .over_steps import budget_figure, loss_figure, metric_figure, orthogonality_figure, returned_figure
 from .run import Run
+from .terminal import duration
 
 _METHODS = {"adalora": "AdaLoRA", "lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning"}
 
@@ -90,13 +91,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
             found.append(("parameters saved", number(metrics["parameters"]["adapter_saved"])))
         found.append(("training time", duration(metrics["seconds"])))
     return found
-
-
-def duration(seconds: float) -> str:
-    """Time for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _ranks(run: Run) -> Section:

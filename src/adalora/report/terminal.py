@@ -52,7 +52,15 @@ def console(stderr: bool = False) -> Console:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 0:07, 12:30, 3:00:00."""
+    """A time in words: ``45 s``, ``2 min 31 s``, ``3 h 20 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = (hours, "h"), (minutes, "min"), (0 if hours else rest, "s")
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
+
+
+def clock(seconds: float) -> str:
+    """A time as a clock shows it, of nearly the same width from second to second: 0:07, 12:30, 3:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -83,8 +91,7 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
         out.print(rank_table(ranks, out.width))
     baseline = metrics["baseline"] or {"metrics": {}, "answer": ""}
     out.print(metric_table(metrics["metrics"], baseline["metrics"], baseline["answer"], metrics["method"]))
-    minutes, seconds = divmod(round(metrics["seconds"]), 60)
-    out.print(f"Trained in {f'{minutes} min ' if minutes else ''}{seconds} s. In {folder}:")
+    out.print(f"Trained in {duration(metrics['seconds'])}. In {folder}:")
     loading = _loading(folder, metrics["loading"])
     form = "plain LoRA" if metrics["loading"]["peft"] else "what was trained"
     files = {name: f"{form}, {size / 1e3:,.0f} kB" for name, size in metrics["saved_bytes"].items()}
