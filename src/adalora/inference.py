@@ -31,9 +31,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_run(folder: Path, source: str | None = None, split: str | None = None, batch_size: int = 64) -> Evaluation:
-    """Metrics of the run in ``folder`` on its own held-out rows, or on those of ``source``.
+    """Metrics of the run in ``folder`` on its own held-out rows, or on all of ``source``.
 
-    Raises RunError when there is no finished run, DataError when the rows do not fit its task.
+    Raises RunError when there is no finished run, DataError when the rows do not fit its task or the source has no such
+    split.
     """
     run = _Run.of(folder)
     rows = read_evaluation_rows(run.recipe, run.task, source, split)

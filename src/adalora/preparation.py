@@ -21,7 +21,7 @@ from .data import DataError, digest, has_splits, read_rows, sample
 from .methods import Adapted, Job, Method, head_modules
 from .methods.sizes import parse_budget
 from .pretrained import Form, form_of, load_model, load_tokenizer, longest
-from .recipe import METHOD_SECTIONS, Facts, Recipe, RecipeError, differences, validated
+from .recipe import METHOD_SECTIONS, DataSection, Facts, Recipe, RecipeError, differences, validated
 from .runs import Mode, RunError, RunFolder
 from .tasks import StartsOutput, Task
 
@@ -125,12 +125,19 @@ def task_of(recipe: Recipe) -> Task:
 
 
 def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, split: str | None = None) -> Dataset:
-    """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked."""
+    """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked.
+
+    Of another source all rows are taken. Raises DataError when a split is asked for of a source that holds none.
+    """
     data = recipe.data
-    source = source or data.eval or data.train
-    rows = read_rows(source, split or data.eval_split, data.config)
-    task.check(rows, source)
-    return sample(rows, data.max_eval_rows)
+    place = source or data.eval or data.train
+    if split is not None:
+        _check_holds(place, split)
+    elif source is None:
+        _check_split(place, data, "eval_split")
+    rows = read_rows(place, split or data.eval_split, data.config)
+    task.check(rows, place)
+    return sample(rows, data.max_eval_rows) if source is None else rows
 
 
 def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
@@ -146,6 +153,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     if data.max_length is None:
         data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
     task = task_of(recipe)
+    _check_split(data.train, data, "train_split")
     train_rows = read_rows(data.train, data.train_split, data.config)
     if data.eval is None and not has_splits(data.train):
         raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
@@ -208,6 +216,20 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         trainable_parameters=trainable,
         frozen_parameters=sum(size for size, _ in sizes.values()) - trainable - copies,
     )
+
+
+def _check_split(source: str, data: DataSection, key: str) -> None:
+    """A split that the recipe names must be one; the default stands for all rows of a source without splits."""
+    if getattr(data, key) != DataSection.model_fields[key].default:
+        _check_holds(source, getattr(data, key))
+
+
+def _check_holds(source: str, split: str) -> None:
+    if not has_splits(source):
+        raise DataError(
+            f"{source} holds no splits, so no {split!r}: leave the split out, or give a folder with a file for each "
+            f"split ({split}.csv, ...)"
+        )
 
 
 def _within_budget(recipe: Recipe, method: Method, model: PreTrainedModel) -> Recipe:

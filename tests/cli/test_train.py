@@ -77,6 +77,21 @@ def test_a_run_from_training_to_answers(adalora: Run, tiny_run: list[object], fi
     assert len(adalora("predict", "run", "--file", files / "test.csv", "--json").out.splitlines()) == 40
 
 
+def test_other_rows_are_measured_whole_and_a_file_has_no_splits(
+    adalora: Run, tiny_run: list[object], files: Path
+) -> None:
+    done = adalora("train", *tiny_run, "--set", "training.max_steps=2", "--set", "data.max_eval_rows=8")
+    assert done.code == 0, done.err
+    measured = {"own": [], "others": ["--data", files / "test.csv"]}
+    rows = {
+        name: json.loads(adalora("evaluate", "run", *given, "--json").out)["rows"] for name, given in measured.items()
+    }
+    assert rows == {"own": 8, "others": 40}
+    for given in measured.values():
+        refused = adalora("evaluate", "run", *given, "--split", "test")
+        assert refused.code == 2 and "test.csv holds no splits, so no 'test'" in refused.err
+
+
 def test_the_adapter_loads_with_stock_peft_where_adalora_is_not(adalora: Run, finished: Path, tiny_model: Path) -> None:
     program = """
 import sys; sys.modules["adalora"] = None
