@@ -48,6 +48,16 @@ def test_metrics_of_labels() -> None:
     assert tuple(found) == task.metric_names and task.headline in found
 
 
+def test_a_single_label_is_measured_by_its_own_f1() -> None:
+    """Not by how often it is rightly left out. It is answered 3 times, 2 of them rightly, and 4 rows have it."""
+    given = rows([["a"]] * 4 + [[]] * 6)
+    task = multi_label().fit(given)
+    found = task.metrics([{"labels": labels} for labels in [["a"], ["a"], [], []] + [["a"]] + [[]] * 5], given)
+    assert found == pytest.approx({"micro_f1": 4 / 7, "macro_f1": 4 / 7, "subset_accuracy": 7 / 10})
+    nothing = task.metrics([{"labels": []}] * 10, given)
+    assert nothing == {"micro_f1": 0.0, "macro_f1": 0.0, "subset_accuracy": 0.6}
+
+
 def test_the_baseline_is_the_best_constant_answer() -> None:
     """With a in 3 of 4 rows, b in 2 and c in none: {a} has F1 6/9, {a, b} 10/13."""
     task = multi_label(["a", "b", "c"]).fit(rows([["a"], ["a", "b"], ["a", "b"], []]))

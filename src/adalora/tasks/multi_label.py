@@ -171,8 +171,12 @@ def _of_lists(rows: Dataset, column: str) -> list[list[str]]:
 
 
 def _metrics(predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def f1(average: str) -> float:
+        average = "binary" if targets.shape[1] == 1 else average  # scikit-learn sees two classes in a single column
+        return float(f1_score(targets, predicted, average=average, zero_division=0))
+
     return {
-        "micro_f1": float(f1_score(targets, predicted, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
+        "micro_f1": f1("micro"),
+        "macro_f1": f1("macro"),
         "subset_accuracy": float(accuracy_score(targets, predicted)),
     }
