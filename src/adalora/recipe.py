@@ -295,7 +295,24 @@ def dump(recipe: Recipe) -> str:
     methods that were not given are left out: the recipe's own method may have no use for them."""
     absent = {section for section in METHOD_SECTIONS if section not in recipe.model_fields_set}
     values = recipe.model_dump(exclude_none=True, exclude=absent)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that YAML 1.1 or ``recipe_text`` would take for something else."""
+
+
+POWER_OF_TEN = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+"""How YAML 1.2 has numbers such as 1e-3, which are words in 1.1: the arguments of ``add_implicit_resolver``."""
+_Dumper.add_implicit_resolver(*POWER_OF_TEN)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if "\x85" in text else None  # a line break that PyYAML loses in its other styles
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def differences(before: Recipe, after: Recipe, ignore: Iterable[str] = ()) -> list[str]:

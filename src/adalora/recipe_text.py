@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .recipe import DEMO_MODEL, DEMO_REVIEWS, TRAIN_TYPE, TRAIN_TYPE_KEYS, RecipeError, in_sections
+from .recipe import DEMO_MODEL, DEMO_REVIEWS, POWER_OF_TEN, TRAIN_TYPE, TRAIN_TYPE_KEYS, RecipeError, in_sections
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,9 +31,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(*POWER_OF_TEN)
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from adalora import AdaLoraConfig
@@ -41,6 +43,20 @@ def test_the_demo_is_the_recipe_that_spells_it_out() -> None:
 def test_each_recipe_is_valid_and_survives_being_dumped(path: Path) -> None:
     recipe = validate(read_raw(path), path.name)
     assert validate(parse_yaml(dump(recipe), "dump"), "dump") == recipe
+
+
+LIKE_NUMBERS = st.from_regex(r"[-+.0-9eE_:]{1,8}", fullmatch=True)
+
+
+@given(st.lists(st.text() | LIKE_NUMBERS))
+@example(
+    ["1e3", "2E5", ".5e3", "1e-3", "1.0e+3", "no", "on", "null", "~", "1_000", "12:30:45", "=", "<<", "", "a\x85b"]
+)
+def test_any_text_in_a_recipe_is_the_same_text_when_it_is_read_again(names: list[str]) -> None:
+    """By us, and by readers of YAML 1.1."""
+    recipe = validate({**LEAST, "data": {"train": "t.csv", "label_names": names}}, "test")
+    assert validate(parse_yaml(dump(recipe), "dump"), "dump") == recipe
+    assert yaml.safe_load(dump(recipe))["data"]["label_names"] == names
 
 
 def test_fields_are_those_of_the_configurations_they_fill() -> None:
