@@ -49,6 +49,28 @@ def test_a_folder_of_files_has_the_splits_that_their_names_say(
         read_rows(str(folder), "test")
 
 
+@pytest.mark.parametrize("name", ["validation", "dev", "val", "valid", "my-validation"])
+def test_held_out_texts_are_read_as_training_texts_are(
+    rows: Dataset, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """Whatever their file is called: NA is a text."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows.to_csv(folder / "train.csv", index=False)
+    rows.to_csv(folder / f"{name}.csv", index=False)
+    assert read_rows(str(folder), "train").to_dict() == read_rows(str(folder), "validation").to_dict() == ROWS
+
+
+def test_the_validation_split_has_one_file(rows: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for number, name in enumerate(("dev", "val", "validation")):
+        rows.select([number]).to_csv(tmp_path / "rows" / f"{name}.csv", index=False)
+        if name == "val":
+            with pytest.raises(DataError, match=r"the split 'validation' more than once \(dev.csv, val.csv\)"):
+                read_rows(str(tmp_path / "rows"), "validation")
+    assert read_rows(str(tmp_path / "rows"), "validation")["text"][:] == ["null"], "its own name comes first"
+    assert read_rows(str(tmp_path / "rows"), "dev")["text"][:] == ["one, two"]
+
+
 def test_an_empty_field_is_missing_and_a_word_is_a_word(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('text,label\nNone,a\n"",b\n')

@@ -15,7 +15,7 @@ from datasets import Dataset
 from .errors import DataError
 
 # An empty field of a CSV is missing; a text that says "NA" or "null" is a text.
-_CSV = {"keep_default_na": False, "na_values": [""]}
+CSV = {"keep_default_na": False, "na_values": [""]}
 
 
 def read_file(path: Path) -> Dataset:
@@ -60,7 +60,7 @@ def _read_separated(path: Path, separator: str) -> Dataset:
     fault = _too_wide(path, separator, rows=1)
     if fault:
         raise DataError(fault)
-    return Dataset.from_csv(str(path), sep=separator, **_CSV)
+    return Dataset.from_csv(str(path), sep=separator, **CSV)
 
 
 def _read_json(path: Path) -> Dataset:

@@ -9,10 +9,12 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 from .errors import DataError
-from .files import READERS, innermost, read_file
+from .files import CSV, READERS, innermost, read_file
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
 """The name of one of the files of a split, as the hub has them: ``train-00000-of-00002``."""
+_OTHER_NAMES = {"validation": ("dev", "val", "valid")}
+"""What a split may be called where no file has its own name."""
 
 
 def read_folder(path: Path, split: str, config: str | None) -> Dataset:
@@ -25,8 +27,9 @@ def read_folder(path: Path, split: str, config: str | None) -> Dataset:
     if is_one_table(path) or (path / "dataset_dict.json").exists():
         return pick_split(_loaded(path, None), split, str(path))
     files = _files_of_splits(path)
-    if split in files:
-        return _joined(files[split], split, path)
+    found = files.get(split) or [file for name in _OTHER_NAMES.get(split, ()) for file in files.get(name, ())]
+    if found:
+        return _joined(found, split, path)
     if any(_SHARD.fullmatch(file.stem) for shards in files.values() for file in shards):
         raise _no_split(str(path), split, files)
     return pick_split(_loaded(path, config), split, str(path))  # names of files that only `datasets` understands
@@ -73,8 +76,10 @@ def _joined(files: Sequence[Path], split: str, folder: Path) -> Dataset:
 
 def _loaded(path: Path, config: str | None) -> Dataset | DatasetDict:
     try:
-        saved = is_one_table(path) or (path / "dataset_dict.json").exists()
-        return load_from_disk(str(path)) if saved else load_dataset(str(path), config)
+        if is_one_table(path) or (path / "dataset_dict.json").exists():
+            return load_from_disk(str(path))
+        kinds = READERS.keys() & {file.suffix.lower() for file in path.rglob("*")}
+        return load_dataset(str(path), config, **(CSV if kinds and kinds <= {".csv", ".tsv"} else {}))
     except Exception as error:  # the readers of pandas and Arrow raise a dozen types, wrapped by datasets
         raise DataError(
             f"{path} could not be read: {innermost(error)}. "
