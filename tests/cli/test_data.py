@@ -77,6 +77,31 @@ def test_an_empty_field_is_missing_and_a_word_is_a_word(tmp_path: Path) -> None:
     assert read_rows(str(path), "train")["text"][:] == ["None", None]
 
 
+STRAY = 'text\tlabel\n"quoted start\tx\nplain\ty\n{}\tx\n"all" of it\ty\n'
+
+
+@pytest.mark.parametrize("line", ['"another start', 'an end"', 'in "between" it', '"', ""])
+def test_quotes_of_a_tsv_are_text_where_they_enclose_no_fields(tmp_path: Path, line: str) -> None:
+    """Every line is a row, as in GLUE's own files."""
+    path = tmp_path / "rows.tsv"
+    path.write_text(STRAY.format(line))
+    read = read_rows(str(path), "train")
+    assert read["text"][:] == ['"quoted start', "plain", line or None, '"all" of it']
+    assert read["label"][:] == ["x", "y", "x", "y"]
+    path.write_text('text\tlabel\n"from here\tx\nto here"\ty\n')
+    assert read_rows(str(path), "train")["text"][:] == ['"from here', 'to here"']
+
+
+@pytest.mark.parametrize("columns", [["text", "label"], ["text"]])
+def test_quotes_of_a_tsv_enclose_fields_where_they_can(tmp_path: Path, columns: list[str]) -> None:
+    """As pandas writes texts with quotes, tabs and line breaks."""
+    path = tmp_path / "rows.tsv"
+    given = {"text": ['she said "no"', "a\nb", '"', "a\tb" if "label" in columns else "ab"], "label": list("xyxy")}
+    given = {column: given[column] for column in columns}
+    Dataset.from_dict(given).to_csv(path, index=False, sep="\t")
+    assert read_rows(str(path), "train").to_dict() == given
+
+
 def test_a_sample_is_fixed(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text\n" + "".join(f"row {index}\n" for index in range(50)))
@@ -186,6 +211,7 @@ LATIN = "caf\u00e9".encode("latin-1")
         ("rows.csv", b'text,label\n"a\nb",x\nb,c,y\n', r"line 4: 3 fields, but the header has 2 \(text, label\)"),
         ("rows.csv", b"text,label\na,b,x\nc,d,y\n", "rows.csv, line 2: 3 fields, but the header has 2"),
         ("rows.tsv", b"text\tlabel\na\tx\nb\tc\ty\n", "rows.tsv, line 3: 3 fields"),
+        ("rows.tsv", b'text\tlabel\n"a\tx\nb"c\ty\nd\n', "rows.tsv, line 2: .*is a double quote left open"),
         ("rows.csv", b'text,label\n"a\nb",x\n"c,y\nd,z\n', "rows.csv, line 4: .*is a double quote left open"),
         ("rows.jsonl", b'{"text": "a"}\n\n{"text": \n', "rows.jsonl, line 3, column 10: not JSON: Expecting value"),
         ("rows.jsonl", b'{"text": "a"}\nnot json\n', "rows.jsonl, line 2, column 1: not JSON"),
