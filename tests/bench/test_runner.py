@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from adalora.bench.cells import record_of
 from adalora.bench.display import time_left
 from adalora.bench.errors import BenchError
 from adalora.bench.grid import Group, read_grid
-from adalora.bench.pools import PRELOADED, places
+from adalora.bench.pools import PRELOADED, LocalPool, places
 from adalora.bench.records import Record
 from adalora.bench.runner import Bench, collect, run_bench
 from adalora.runs import RunFolder
@@ -134,6 +136,12 @@ def test_a_grid_from_beginning_to_end(tiny_grid: dict[str, Any], write: Write) -
     assert [record.seed for record in more.records] == [0, 0, 1, 2]
     assert times(output).items() >= before.items()
 
+    before = times(output)
+    rates, said = run(write(changed(tiny_grid, methods={"head": None}, learning_rates=[5e-2, 1e-3, 1e30])))
+    assert "tiny: 4 cells, of which 2 are finished" in said
+    assert [record.state for record in rates.records] == ["done"] * 4
+    assert len(times(output)) == len(before) + 1 and times(output).items() >= before.items()
+
     with pytest.raises(BenchError, match=r"training\.weight_decay was 0\.0, is 0\.5\. Change it back, or .*`output`"):
         run(write(changed(tiny_grid, base__training__weight_decay=0.5)))
 
@@ -166,10 +174,52 @@ def test_broken_cells_do_not_stop_the_others(tiny_grid: dict[str, Any], write: W
     assert again.records == bench.records and times(output) == before
 
     methods["nowhere"]["lora"]["target_modules"] = ["query"]
+    mended, said = run(write(changed(grid, methods=methods)))  # another recipe, so it has not been run yet
+    assert [record.state for record in mended.records] == ["done", "failed", "done"] and "2 are finished" in said
     methods["killed"]["training"]["max_steps"] = 4
     fixed, _ = run(write(changed(grid, methods=methods)), retry=True)
     assert [record.state for record in fixed.records] == ["done"] * 3
     assert not fixed.records[1].resumed and times(output).items() >= before.items()
+
+
+def test_a_broken_cell_run_again_leaves_finished_ones_alone(tiny_grid: dict[str, Any], write: Write) -> None:
+    """Though it takes part in choosing the rate that they were run at."""
+    path = write(changed(tiny_grid, methods={"head": None}))
+    bench, _ = run(path)
+    output = Path(bench.grid.output)
+    lost = output / next(r.folder for r in bench.records if r.role == "choose" and r.learning_rate != 1e-3)
+    asked = json.loads((lost / "cell.json").read_text())["asked"]
+    shutil.rmtree(lost)
+    lost.mkdir()
+    (lost / "failure.json").write_text(json.dumps({"message": "the disk was full", "tail": [], "asked": asked}))
+    reported = {path: time for path, time in times(output).items() if "seed-1" in str(path)}
+    again, _ = run(path, retry=True)
+    assert [record.score for record in again.records] == [record.score for record in bench.records]
+    assert reported and times(output).items() >= reported.items()
+
+
+def test_the_home_folder_may_hold_a_grid(
+    tiny_grid: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    grid = changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], output="~/[v2]")
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    bench, _ = run(tmp_path / "grid.yaml")
+    assert [record.state for record in bench.records] == ["done"] and not (tmp_path / "~").exists()
+    assert (tmp_path / "[v2]" / bench.records[0].folder / "cell.json").is_file()
+
+
+def test_a_cluster_that_loses_its_nodes_is_waited_for(
+    tiny_grid: dict[str, Any], write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for a while: the bench neither ends early nor counts on workers that are not there."""
+    room = iter([0, 0, 1])
+    monkeypatch.setattr(LocalPool, "capacity", lambda _: next(room, 1))
+    monkeypatch.setattr("adalora.bench.runner._POLL", 0.1)
+    bench, _ = run(write(changed(tiny_grid, methods={"head": None}, learning_rates=[1e-3], seeds__report=[1, 2])))
+    assert [record.state for record in bench.records] == ["done"] * 2
+    assert time_left([Group("a", "b", None)], bench.records, 0) is not None
 
 
 def test_a_group_without_any_result_is_not_reported(tiny_grid: dict[str, Any], write: Write) -> None:
@@ -284,7 +334,9 @@ def test_a_record_says_whether_less_of_its_headline_is_better(
     folder = tmp_path / cell.folder
     folder.mkdir(parents=True)
     measured = {"metrics": {headline: 9.0}, "more_metrics": {"other": {headline: 8.0}}, "seconds": 1.0}
-    (folder / "metrics.json").write_text(json.dumps({**measured, "parameters": {}, "ranks": {}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({**measured, "parameters": {}, "ranks": {}, "versions": {"torch": "2.6"}})
+    )
     (folder / "cell.json").write_text('{"resumed": false}')
     record = record_of(cell, tmp_path)
     assert record is not None and (record.headline, record.score) == (headline, 9.0)
@@ -296,6 +348,8 @@ def test_cells_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places(2, 0) == ["", ""]
     assert places(8, 1) == ["0", "1", "2", "3"]
     assert places(3, 2) == ["0,1", "2,3"]
-    assert places(5, 0.5) == ["0", "0", "1", "1", "2"]
+    assert places(5, 0.5) == ["0", "1", "2", "3", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,GPU-8f")  # what a scheduler gave us
+    assert places(8, 1) == ["2", "3", "5", "GPU-8f"] and places(3, 2) == ["2,3", "5,GPU-8f"]
     with pytest.raises(BenchError, match="a cell wants 5 GPUs, and this machine has 4"):
         places(1, 5)

@@ -240,6 +240,19 @@ def test_the_page_says_how_wide_the_claim_is() -> None:
     assert "it would hold the true mean 75% of the time with 3 seeds" in page_of(grid(), full_records())
 
 
+def test_the_page_says_with_which_versions_its_runs_were_made() -> None:
+    def lora(seed: int, **versions: str) -> Record:
+        return record("mrpc", "lora", "rank 2", seed, 0.8, versions=versions)
+
+    same = page_of(grid(), [lora(1, adalora="0.1.0", torch="2.13.0"), lora(2, adalora="0.1.0", torch="2.13.0")])
+    assert "Run with adalora 0.1.0, torch 2.13.0." in same.splitlines()
+    mixed = results(grid(), [lora(1, torch="2.13.0"), lora(2, torch="2.6.0")])
+    assert "Run with torch 2.13.0 and 2.6.0. Runs of several versions stand side by side here." in as_markdown(
+        mixed, {}
+    )
+    assert as_json(mixed)["versions"] == {"torch": ["2.13.0", "2.6.0"]}
+
+
 def test_figures_of_another_model_are_said_to_be_of_another() -> None:
     page = page_of(grid(), full_records())
     assert line(page, "adalora", "1.27M", "accuracy", "90.69")

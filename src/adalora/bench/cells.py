@@ -1,7 +1,8 @@
 """One cell: a run in a process of its own, and what its folder says about it afterwards.
 
 A cell's folder is that of an ordinary run, with three files more: ``log.txt``, what the process printed; ``cell.json``,
-the recipe as the grid asked for it, where it ran and what that took; ``failure.json``, why there is no result.
+the recipe as the grid asked for it, where it ran and what that took; ``failure.json``, the recipe and why there is no
+result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,8 +87,12 @@ class Job:
 
 def job_of(cell: Cell, resume: bool, threads: int, minutes: float | None) -> Job:
     """The job that runs ``cell``."""
-    recipe = parse_yaml(dump(cell.recipe), str(cell))
-    return Job(recipe, resume, str(Path.cwd()), threads, None if minutes is None else 60 * minutes)
+    return Job(_as_asked(cell), resume, str(Path.cwd()), threads, None if minutes is None else 60 * minutes)
+
+
+def _as_asked(cell: Cell) -> dict[str, Any]:
+    recipe: dict[str, Any] = parse_yaml(dump(cell.recipe), str(cell))
+    return recipe
 
 
 # --- in the cell's process ---------------------------------------------------------------------------
@@ -106,7 +112,8 @@ def run_cell(job: Job) -> None:
         _train(job, folder, began)
     except Exception as error:
         traceback.print_exc()
-        _note_failure(folder, f"{type(error).__name__}: {error}", traceback.format_exc().splitlines()[-_TAIL:])
+        tail = traceback.format_exc().splitlines()[-_TAIL:]
+        _note_failure(folder, job.recipe, f"{type(error).__name__}: {error}", tail)
     finally:
         faulthandler.cancel_dump_traceback_later()
         sys.stdout.flush()
@@ -172,7 +179,7 @@ def check_asked(cell: Cell, folder: CellFolder) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise BenchError(f"{folder.path} holds a run that no bench started: give the grid another `output`") from error
     try:
-        changed = differences(validate(asked, str(folder.note)), cell.recipe, ignore=_FREE_TO_CHANGE)
+        changed = _changed(asked, cell)
     except RecipeError as error:
         raise BenchError(f"{error}. Another version of adalora wrote it: give the grid another `output`") from error
     if changed:
@@ -182,6 +189,18 @@ def check_asked(cell: Cell, folder: CellFolder) -> None:
         )
 
 
+def failed_otherwise(cell: Cell, output: Path) -> bool:
+    """Whether the cell's folder says why another recipe failed than the grid asks for now: that is no result of it."""
+    try:
+        return bool(_changed(_read(CellFolder(output / cell.folder).failure)["asked"], cell))
+    except (KeyError, RecipeError):
+        return True
+
+
+def _changed(asked: Mapping[str, Any], cell: Cell) -> list[str]:
+    return differences(validate(asked, str(cell)), cell.recipe, ignore=_FREE_TO_CHANGE)
+
+
 def clear(folder: CellFolder) -> None:
     """Remove what is left of a cell that has to start at the beginning."""
     folder.early_log.unlink(missing_ok=True)
@@ -189,12 +208,14 @@ def clear(folder: CellFolder) -> None:
         shutil.rmtree(folder.path)
 
 
-def settle(folder: CellFolder, ending: str | None) -> None:
+def settle(cell: Cell, output: Path, ending: str | None) -> None:
     """After the process: see to it that the folder holds a result, or says why not. ``ending``: how the process ended,
     where it could not say so itself."""
+    folder = CellFolder(output / cell.folder)
     if folder.condition in {"interrupted", "new"}:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _note_failure(folder, ending or "its process ended without a result", _tail_of_log(folder))
+        why = ending or "its process ended without a result"
+        _note_failure(folder, _as_asked(cell), why, _tail_of_log(folder))
     if folder.early_log.is_file():
         folder.early_log.replace(folder.log)
 
@@ -223,14 +244,14 @@ def record_of(cell: Cell, output: Path) -> Record | None:
     metrics, note = _read(folder.run.metrics), _read(folder.note)
     usage = {key: note.get(key) for key in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes")}
     seconds = note.get("seconds", metrics["seconds"])  # without its own when it was killed right after training
-    parts = {key: metrics[key] for key in ("metrics", "parameters", "ranks")}
+    parts = {key: metrics[key] for key in ("metrics", "parameters", "ranks", "versions")}
     for split, values in metrics["more_metrics"].items():  # such as the mismatched half of MNLI
         parts["metrics"] |= {f"{name}, {split}": value for name, value in values.items()}
     return Record(**asdict(found) | usage | parts | {"seconds": seconds, "resumed": note["resumed"]})
 
 
-def _note_failure(folder: CellFolder, message: str, tail: list[str]) -> None:
-    write_json(folder.failure, {"message": message, "tail": tail})
+def _note_failure(folder: CellFolder, asked: Mapping[str, Any], message: str, tail: list[str]) -> None:
+    write_json(folder.failure, {"message": " ".join(message.split()), "tail": tail, "asked": asked})
 
 
 def _tail_of_log(folder: CellFolder) -> list[str]:

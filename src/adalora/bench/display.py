@@ -98,7 +98,7 @@ def time_left(left: Collection[Group], records: Collection[Record], workers: int
     for task, method, _ in left:
         times = took.get((task, method)) or took.get((task,)) or took[()]
         total += sum(times) / len(times)
-    return total / workers
+    return total / max(1, workers)
 
 
 def _left(grid: Grid, records: Mapping[str, Record]) -> list[Group]:

@@ -7,8 +7,8 @@ rate, seed and folder. Every recipe that can come out is validated before anythi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -184,6 +184,11 @@ class Grid(_Keys):
         return sorted(map(float, own or self.learning_rates))
 
     @property
+    def folder(self) -> Path:
+        """The folder of everything that it writes."""
+        return Path(self.output).expanduser()
+
+    @property
     def total(self) -> int:
         """Cells in all."""
         return sum(len(list(self.choose_cells(group))) + len(self.seeds.report) for group in self.groups)
@@ -199,6 +204,14 @@ class Grid(_Keys):
         for seed in self.seeds.report:
             yield self.cell(group, rate, seed, "report")
 
+    def possible_cells(self) -> Iterator[tuple[str, Callable[[], Cell]]]:
+        """The folder of each cell that could come to be run, whichever rates are chosen, and what makes the cell."""
+        for group in self.groups:
+            for rate in self.rates(group.method):
+                seeds: dict[int, Role] = {self.seeds.choose: "choose", **dict.fromkeys(self.seeds.report, "report")}
+                for seed, role in seeds.items():
+                    yield cell_folder(group, rate, seed), partial(self.cell, group, rate, seed, role)
+
     def cell(self, group: Group, rate: float, seed: int, role: Role) -> Cell:
         """One cell. RecipeError when its recipe is at fault."""
         key = cell_folder(group, rate, seed)
@@ -211,7 +224,7 @@ class Grid(_Keys):
         own = {key: value for key, value in (self.methods[method] or {}).items() if key != "learning_rates"}
         raw = laid_over(self.base, self.tasks[task] or {}, own)
         raw = laid_over(raw, {"method": self.method_of(method), "seed": seed, "training": {"learning_rate": rate}})
-        raw["output"] = str(Path(self.output) / cell_folder(group, rate, seed))
+        raw["output"] = str(self.folder / cell_folder(group, rate, seed))
         if budget is not None:
             raw["budget"] = budget
         unread = set(METHOD_SECTIONS) - {methods.get(raw["method"]).section}

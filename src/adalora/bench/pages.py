@@ -19,7 +19,7 @@ from .tables import AVERAGE, Results, Row, Table, results
 def write_results(grid: Grid, records: Sequence[Record]) -> Path:
     """Write ``results.json``, ``results.tex``, ``plots/`` and ``results.md`` into the grid's output folder, from the
     records alone, of however many cells there are. Returns the path of the last."""
-    output = Path(grid.output).expanduser()
+    output = grid.folder
     found = results(grid, records)
     drawn = draw_plots(found, records, output / "plots")
     pictures = {task: [path.relative_to(output).as_posix() for path in paths] for task, paths in drawn.items()}
@@ -40,6 +40,7 @@ def as_json(found: Results) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "tasks": {table.task: _table_as_json(table) for table in found.tables},
         "averages": [_table_as_json(table) for table in found.averages],
+        "versions": found.versions,
         "rank_agreement": [agreement._asdict() for agreement in found.agreement],
     }
 

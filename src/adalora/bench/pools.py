@@ -99,11 +99,13 @@ def places(workers: int, gpus: float) -> list[str]:
     if not gpus:
         return [""] * workers
     here = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    devices = named[:here] if named else list(map(str, range(here)))  # those that this process was given, no others
     if gpus < 1:
-        places = [str(device) for device in range(here) for _ in range(int(1 / gpus))]
+        places = devices * int(1 / gpus)  # a second cell on a GPU only when each has one
     else:
         each = int(gpus)
-        places = [",".join(map(str, range(first, first + each))) for first in range(0, here - each + 1, each)]
+        places = [",".join(devices[first : first + each]) for first in range(0, here - each + 1, each)]
     if not places:
         raise BenchError(f"resources.gpus: a cell wants {gpus:g} GPUs, and this machine has {here}")
     return places[:workers]

@@ -53,6 +53,8 @@ class Record:
     """Largest resident memory of the process, its libraries included."""
     gpu_peak_bytes: int | None = None
     """Largest memory allocated on the GPU; None without one."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that it was run with, this one included."""
     failure: str | None = None
     """Why it failed, in a line."""
 

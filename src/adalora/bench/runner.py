@@ -7,7 +7,7 @@ import fcntl
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from ..report.terminal import duration
-from .cells import CellFolder, Job, check_asked, clear, job_of, record_of, settle
+from .cells import CellFolder, Job, check_asked, clear, failed_otherwise, job_of, record_of, settle
 from .choose import cells_known, lost_groups
 from .display import Display
 from .errors import BenchError
@@ -52,22 +52,24 @@ def run_bench(
         KeyboardInterrupt: interrupted, or told to end; every process has been stopped then.
     """
     grid = read_grid(path)
-    output = Path(grid.output).expanduser()
-    with _alone_in(output):
-        records = _finished(grid, output, retry)
+    with _alone_in(grid.folder):
+        _check_folders(grid)
+        records: dict[str, Record] = {}
+        _take_in(grid, records, retry)
         if _waiting(grid, records):
             pool = _pool(grid, workers, ray)
             with _ended_by_signals(), Display(grid, console or Console(), records) as display:
                 try:
-                    _run_all(grid, output, pool, records, display)
+                    _run_all(grid, pool, records, retry, display)
                 finally:
                     pool.stop()
-        return _written(grid, output, records)
+        return _written(grid, records)
 
 
 def collect(grid: Grid) -> Bench:
     """What the grid's folder holds, finished or not; writes nothing."""
-    records = _finished(grid, Path(grid.output).expanduser(), retry=False)
+    records: dict[str, Record] = {}
+    _take_in(grid, records, retry=False)
     return Bench(grid, _in_order(grid, records), lost_groups(grid, records))
 
 
@@ -79,28 +81,28 @@ def _pool(grid: Grid, workers: int | None, ray: str | None) -> Pool:
     return RayPool(ray, workers, grid.resources)
 
 
-def _run_all(grid: Grid, output: Path, pool: Pool, records: dict[str, Record], display: Display) -> None:
+def _run_all(grid: Grid, pool: Pool, records: dict[str, Record], retry: bool, display: Display) -> None:
     """Start cells while there is room, take in those that have ended; ``records`` gets an entry for each."""
     running: dict[str, Cell] = {}
     started: dict[str, float] = {}
     while True:
         waiting = [cell for cell in _waiting(grid, records) if cell.folder not in running]
         for cell in waiting[: max(0, pool.capacity() - len(running))]:
-            pool.start(cell.folder, _job(grid, output, cell, pool.threads))
+            pool.start(cell.folder, _job(grid, cell, pool.threads))
             running[cell.folder], started[cell.folder] = cell, time.monotonic()
-        if not running:
+        if not running and not waiting:
             return
         display.started(running.values(), pool.capacity())
-        ended: dict[str, str | None] = {}
-        while not ended:
-            ended = pool.ended(_POLL)
-        for key, ending in ended.items():
-            settle(CellFolder(output / key), _too_long(grid, time.monotonic() - started[key]) or ending)
+        if not running:  # a cluster that has lost its nodes, and may get others
+            time.sleep(_POLL)
+        for key, ending in (pool.ended(_POLL) if running else {}).items():
             cell = running.pop(key)
-            record = record_of(cell, output)
+            settle(cell, grid.folder, _too_long(grid, time.monotonic() - started[key]) or ending)
+            record = record_of(cell, grid.folder)
             assert record is not None  # settled
             records[key] = record
-            _written(grid, output, records)
+            _take_in(grid, records, retry, running)
+            _written(grid, records)
             display.finished(cell, record)
 
 
@@ -108,9 +110,9 @@ def _waiting(grid: Grid, records: dict[str, Record]) -> list[Cell]:
     return [cell for cell in cells_known(grid, records) if cell.folder not in records]
 
 
-def _job(grid: Grid, output: Path, cell: Cell, threads: int) -> Job:
+def _job(grid: Grid, cell: Cell, threads: int) -> Job:
     """Continues an interrupted run, and begins any other."""
-    folder = CellFolder(output / cell.folder)
+    folder = CellFolder(grid.folder / cell.folder)
     resume = folder.condition == "interrupted"
     if not resume:
         clear(folder)
@@ -124,22 +126,26 @@ def _too_long(grid: Grid, seconds: float) -> str | None:
     return f"it was stopped after {duration(60 * minutes)}, the limit of resources.minutes"
 
 
-def _finished(grid: Grid, output: Path, retry: bool) -> dict[str, Record]:
-    """Records of the cells that need not be run, by their folders. Which those are may depend on others of them."""
-    found: dict[str, Record] = {}
-    looked_at: set[str] = set()
-    while True:
-        cells = [cell for cell in cells_known(grid, found) if cell.folder not in looked_at]
-        if not cells:
-            return found
+def _check_folders(grid: Grid) -> None:
+    """BenchError when some folder holds the run of another recipe, be it one that is not looked at before hours."""
+    for key, make in grid.possible_cells():
+        folder = CellFolder(grid.folder / key)
+        if folder.condition in {"done", "interrupted"}:
+            check_asked(make(), folder)
+
+
+def _take_in(grid: Grid, records: dict[str, Record], retry: bool, running: Collection[str] = ()) -> None:
+    """Add the records of cells that need not be run, unless they are ``running``. Which cells there are depends on
+    records: once a rate is chosen, its cells may have been run before."""
+    looked_at = {*records, *running}
+    while cells := [cell for cell in cells_known(grid, records) if cell.folder not in looked_at]:
         for cell in cells:
             looked_at.add(cell.folder)
-            folder = CellFolder(output / cell.folder)
-            if folder.condition in {"done", "interrupted"}:
-                check_asked(cell, folder)
-            record = record_of(cell, output)
-            if record is not None and not (retry and record.state == "failed"):
-                found[cell.folder] = record
+            record = record_of(cell, grid.folder)
+            if record is None:
+                continue
+            if record.state == "done" or not (retry or failed_otherwise(cell, grid.folder)):
+                records[cell.folder] = record
 
 
 def _in_order(grid: Grid, records: dict[str, Record]) -> list[Record]:
@@ -147,9 +153,9 @@ def _in_order(grid: Grid, records: dict[str, Record]) -> list[Record]:
     return [records[cell.folder] for cell in cells_known(grid, records) if cell.folder in records]
 
 
-def _written(grid: Grid, output: Path, records: dict[str, Record]) -> Bench:
+def _written(grid: Grid, records: dict[str, Record]) -> Bench:
     bench = Bench(grid, _in_order(grid, records), lost_groups(grid, records))
-    write_records(output, bench.records)
+    write_records(grid.folder, bench.records)
     return bench
 
 

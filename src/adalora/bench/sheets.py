@@ -32,6 +32,13 @@ def how_to_read(found: Results) -> Iterator[str]:
         "Means ± sample standard deviation over the reported seeds. Shares and correlations are in points (× 100). "
         "Where learning rates stand in brackets, one of them was chosen on a seed that is not reported."
     )
+    if found.versions:
+        mixed = any(len(versions) > 1 for versions in found.versions.values())
+        yield (
+            "Run with "
+            + ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.versions.items())
+            + (". Runs of several versions stand side by side here." if mixed else ".")
+        )
     if found.reference is None:
         yield "The grid names no reference, so there are no differences."
         return

@@ -88,6 +88,7 @@ class Results:
     tables: list[Table]
     averages: list[Table]  # one for each budget
     agreement: list[Agreement]
+    versions: dict[str, list[str]]  # of each package, all that some run was run with
 
 
 def results(grid: Grid, records: Sequence[Record]) -> Results:
@@ -97,7 +98,18 @@ def results(grid: Grid, records: Sequence[Record]) -> Results:
     budgets = sorted(dict.fromkeys(group.budget for group in grid.groups), key=lambda budget: budget is None)
     averages = [average(tables, budget, grid.reference) for budget in budgets] if len(tables) > 1 else []
     done = [record for record in records if record.role == "report" and record.state == "done"]
-    return Results(grid.name, grid.reference, tables, [table for table in averages if table], rank_agreement(done))
+    versions: dict[str, set[str]] = {}
+    for record in records:
+        for package, version in record.versions.items():
+            versions.setdefault(package, set()).add(version)
+    return Results(
+        grid.name,
+        grid.reference,
+        tables,
+        [table for table in averages if table],
+        rank_agreement(done),
+        {package: sorted(found) for package, found in versions.items()},
+    )
 
 
 def average(tables: Sequence[Table], budget: Budget, reference: str | None) -> Table | None:
