@@ -41,7 +41,7 @@ def check(names: Iterable[str]) -> None:
 
 def run_name(folder: RunFolder) -> str:
     """What the run is called where it is reported to: never twice the same, so that no two runs are mixed."""
-    return f"{folder.path.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{folder.path.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def attach(

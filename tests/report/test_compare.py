@@ -44,7 +44,7 @@ def written(folder: Path, ranks: dict[str, int], headline: str = "accuracy", **r
     metrics = {
         "method": "adalora", "headline": headline, "metrics": {headline: 0.5, "loss": 1.0}, "ranks": ranks, "steps": 8,
         "seconds": 60, "memory": {"peak_bytes": 10**9, "gpu_peak_bytes": None},
-        "parameters": {"adapter_saved": 10, "trainable": 20},
+        "parameters": {"adapter_saved": 10, "trainable": 20}, "versions": facts["versions"],
         "log": [{"step": 4, "loss": 2.0}, {"step": 8, "loss": 1.0}, {"step": 8, f"eval_{headline}": 0.5}],
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))

@@ -150,6 +150,21 @@ def test_several_runs_are_tabs(run: Run, tmp_path: Path) -> None:
     assert [found["slug"] for found in reader.data["runs"]] == ["bert", "other"]
 
 
+def test_tabs_of_folders_of_one_name_tell_them_apart(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / method / "seed-0", stack(1))) for method in ("lora", "adalora")]
+    reader = Reader(report_html(runs))
+    assert [found["slug"] for found in reader.data["runs"]] == ["lora-seed-0", "adalora-seed-0"]
+    assert "folder lora/seed-0" in reader.text and "folder adalora/seed-0" in reader.text
+
+
+def test_figures_of_another_version_are_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", stack(1))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({key: metrics[key] for key in metrics if key != "log"}))
+    with pytest.raises(RunError, match=r"metrics\.json is not of this version of adalora: train the run again"):
+        read_run(folder)
+
+
 def test_what_is_missing_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ReportError, match="at least one run"):
         report_html([])

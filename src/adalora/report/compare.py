@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..recipe import METHOD_SECTIONS, Recipe, flat
 from ..runs import RunError
 from .grid import Cells, cells
-from .run import Run, read_run
+from .run import Run, names_of, read_run
 from .similarity import moved, spearman
 
 _APART = "no matrix in common"
@@ -217,16 +217,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     for index, place in enumerate(places):
         if place in places[:index]:
             raise RunError(f"{folders[index]} is given twice: give runs that differ")
-    return Comparison(_names(places), [read_run(folder.expanduser()) for folder in folders])
-
-
-def _names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for length in range(1, max(len(place.parts) for place in places)):
-        names = ["/".join(place.parts[-length:]) for place in places]
-        if len(set(names)) == len(names):
-            return names
-    return [str(place) for place in places]
+    return Comparison(names_of(places), [read_run(folder.expanduser()) for folder in folders])
 
 
 def _mean(ranks: Mapping[str, int], names: Iterable[str]) -> float | None:

@@ -13,7 +13,7 @@ from ..core.errors import AdaLoraError
 from ..files import write_text
 from .figure import Figure
 from .markup import isolated, plain, script_json, text
-from .run import Run
+from .run import Run, names_of
 from .sections import Section, facts, headline, method_name, sections
 
 
@@ -40,19 +40,20 @@ def report_html(runs: Sequence[Run]) -> str:
     if not runs:
         raise ReportError("a report needs the folder of at least one run")
     if len(runs) == 1:
-        body, data = _run_html(runs[0], 0, 2)
-        return page(f"{_name(runs[0])}: report of a run", _masthead(runs[0]) + body, {"runs": [data]})
+        name = runs[0].folder.path.resolve().name or "run"
+        body, data = _run_html(runs[0], name, 0, 2)
+        return page(f"{name}: report of a run", _masthead(runs[0], name) + body, {"runs": [data]})
     tabs, panels, found = [], [], []
-    for index, run in enumerate(runs):
-        body, data = _run_html(run, index, 3)
+    for index, (run, name) in enumerate(zip(runs, names_of([run.folder.path for run in runs]), strict=True)):
+        body, data = _run_html(run, name, index, 3)
         chosen = index == 0
         tabs.append(
             f'<button type="button" role="tab" id="tab-{index}" aria-controls="panel-{index}" '
-            f'aria-selected="{str(chosen).lower()}" tabindex="{0 if chosen else -1}">{isolated(_name(run))}</button>'
+            f'aria-selected="{str(chosen).lower()}" tabindex="{0 if chosen else -1}">{isolated(name)}</button>'
         )
         panels.append(
             f'<div role="tabpanel" id="panel-{index}" aria-labelledby="tab-{index}"{"" if chosen else " hidden"}>'
-            f"<h2>{headline(run)}</h2>{_about(run)}{body}</div>"
+            f"<h2>{headline(run)}</h2>{_about(run, name)}{body}</div>"
         )
         found.append(data)
     head = f'<header class="masthead"><h1>{len(runs)} runs</h1></header>'
@@ -126,10 +127,10 @@ def figure_html(figure: Figure, run: int) -> str:
     )
 
 
-def _run_html(run: Run, index: int, level: int) -> tuple[str, dict[str, Any]]:
+def _run_html(run: Run, name: str, index: int, level: int) -> tuple[str, dict[str, Any]]:
     """Everything below the name of a run, and what the script needs to draw it."""
     found = list(sections(run))
-    slug = run.folder.path.resolve().name or "run"
+    slug = name.replace("/", "-")
     parts = [_facts(run), _contents(found, index), *(section_html(section, index, level) for section in found)]
     data = {
         "slug": slug,
@@ -168,16 +169,12 @@ _UNFINISHED = (
 )
 
 
-def _masthead(run: Run) -> str:
-    return f'<header class="masthead"><h1>{headline(run)}</h1>{_about(run)}</header>'
+def _masthead(run: Run, name: str) -> str:
+    return f'<header class="masthead"><h1>{headline(run)}</h1>{_about(run, name)}</header>'
 
 
-def _about(run: Run) -> str:
-    return f'<p class="about">{text(method_name(run))}, {text(run.recipe.task)}, folder {isolated(_name(run))}</p>'
-
-
-def _name(run: Run) -> str:
-    return run.folder.path.resolve().name or "run"
+def _about(run: Run, name: str) -> str:
+    return f'<p class="about">{text(method_name(run))}, {text(run.recipe.task)}, folder {isolated(name)}</p>'
 
 
 def _digest(script: str) -> str:

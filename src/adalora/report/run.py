@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from ..recipe import Recipe
 from ..runs import RunError, RunFolder
+
+_WRITTEN = {"headline", "log", "metrics", "parameters", "ranks", "seconds", "steps", "versions"}
+"""Keys of ``metrics.json`` without which nothing can be said of a finished run."""
 
 
 class Allocation(NamedTuple):
@@ -89,6 +92,16 @@ class Run:
         return self.trace.final if self.trace else {}
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell runs apart."""
+    places = [folder.resolve() for folder in folders]
+    for length in range(1, max(len(place.parts) for place in places)):
+        names = ["/".join(place.parts[-length:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return [str(place) for place in places]
+
+
 def read_run(path: Path) -> Run:
     """The run in a folder.
 
@@ -98,6 +111,8 @@ def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     recipe = folder.read_recipe()
     metrics = json.loads(folder.metrics.read_text(encoding="utf-8")) if folder.metrics.is_file() else None
+    if metrics is not None and not metrics.keys() >= _WRITTEN:
+        raise RunError(f"{folder.metrics} is not of this version of adalora: train the run again")
     return Run(folder, recipe, metrics, read_trace(folder.trace) if folder.trace.is_file() else None)
 
 

@@ -46,9 +46,10 @@ def number(value: float | None) -> str:
 
 def console(stderr: bool = False) -> Console:
     """Where words go: to stdout, or to stderr where that is for machines. Elsewhere than on a terminal, lines are as
-    long as they are."""
+    long as they are. Brackets are brackets, as in a folder's name."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(highlight=False, soft_wrap=False, stderr=stderr, width=None if stream.isatty() else 110)
+    width = None if stream.isatty() else 110
+    return Console(highlight=False, markup=False, soft_wrap=False, stderr=stderr, width=width)
 
 
 def duration(seconds: float) -> str:
@@ -108,13 +109,11 @@ def print_summary(out: Console, folder: Path, metrics: Mapping[str, Any]) -> Non
     out.print("Next:")
     out.print(f"  {_program()} evaluate {place}", soft_wrap=True)
     example = [part for option, text in metrics["example"].items() for part in (f"--{option}", text)]
-    out.print(
-        f"  {_program()} predict {place} {shlex.join(example or ['--file', 'FILE'])}", soft_wrap=True, markup=False
-    )
+    out.print(f"  {_program()} predict {place} {shlex.join(example or ['--file', 'FILE'])}", soft_wrap=True)
     if loading:
         out.print(f"or anywhere, with {'PEFT' if metrics['loading']['peft'] else 'Transformers'} alone:")
         for line in loading:
-            out.print(f"  {line}", soft_wrap=True, markup=False)
+            out.print(f"  {line}", soft_wrap=True)
 
 
 def _program() -> str:
