@@ -96,7 +96,7 @@ GOOD_ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ("text,label\n,x\nb,y\n", "text,label\na,x\n", ["'text'", "empty in 1 of 2 rows"]),
         ("text,label\na,x\nb,y\n", "text,label\na,z\n", ["'z'", "trained on: 'x', 'y'"]),
         ("text,label\na,x\nb,x\n", "text,label\na,x\n", ["only the class 'x'"]),
-        ("text,label\na,0.5\nb,1.5\n", "text,label\na,0.5\n", ["use task regression"]),
+        ("text,label\na,1.0\nb,2.5\n", "text,label\na,1.0\n", ["numbers such as 2.5,", "use task regression"]),
         ("text,label\n1,x\n2,y\n", "text,label\n1,x\n", ["should hold text"]),
         ("text,label\na,x\nb,y,z,w\n", "text,label\na,x\n", ["train.csv, line 3: 4 fields, but the header has 2"]),
     ],

@@ -126,8 +126,9 @@ def _as_names(rows: Dataset, column: str) -> list[str]:
         return [feature.names[value] for value in values]
     if any(isinstance(value, list | dict) for value in values):
         raise DataError(f"column {column!r} should hold one class for each row, it holds {feature}")
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
-        raise DataError(f"column {column!r} holds numbers such as {values[0]}, not classes: use task regression")
+    broken = [value for value in values if isinstance(value, float) and not value.is_integer()]
+    if broken:
+        raise DataError(f"column {column!r} holds numbers such as {broken[0]}, not classes: use task regression")
     return [str(int(value)) if isinstance(value, float) else str(value) for value in values]
 
 
