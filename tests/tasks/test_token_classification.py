@@ -85,6 +85,17 @@ def test_the_first_piece_of_a_word_learns_its_tag(pieces: Path) -> None:
     assert features["labels"][0] == [-100, 2, -100, -100, -100, 0, -100, -100]
 
 
+def test_a_sentence_without_tokens_is_answered_and_not_learned(pieces: Path) -> None:
+    """Its loss, alone in a batch, would be the mean over nothing."""
+    names = ["O", "B-PER"]
+    given = rows([["O"], ["B-PER", "O"], ["O"]], [[""], ["anna", "is"], [""]])
+    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    features = tagger(names).features(given, tokenizer, None)
+    assert features["labels"][:] == [[-100, 1, -100, -100, -100, 0, -100, -100]]
+    model = AutoModelForTokenClassification.from_pretrained(pieces, **tagger(names).head()).eval()
+    assert [len(answer["tags"]) for answer in tagger(names).predict(model, tokenizer, given, 1)] == [1, 2, 1]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_tokens_find_their_words_whatever_marks_the_space(kind: str) -> None:
     """Tokenizers that keep the space before a word in its first token, or as a token of its own."""

@@ -116,7 +116,8 @@ class TokenClassification:
         }
 
     def features(self, rows: Dataset, tokenizer: Any, model: nn.Module) -> Dataset:
-        """Windows of tokens; the tag of a word at its first sub-word, nothing to learn at the others."""
+        """Windows of tokens; the tag of a word at its first sub-word, nothing to learn at the others. Windows without
+        any, of words that the tokenizer makes nothing of, are left out: their mean loss would be that of no token."""
         index = {name: position for position, name in enumerate(self._names)}
         tags = [[index[tag] for tag in row] for row in self._tags(rows)]
         windows = self._windows(rows, tokenizer)
@@ -124,7 +125,8 @@ class TokenClassification:
             [_NOT_TRAINED if word is None else tags[row][word] for word in words]
             for row, words in zip(windows["row"], windows["words"], strict=True)
         ]
-        return windows.remove_columns(["row", "words"]).add_column("labels", labels)
+        learned = [place for place, found in enumerate(labels) if set(found) != {_NOT_TRAINED}]
+        return windows.remove_columns(["row", "words"]).add_column("labels", labels).select(learned)
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
         """Pad tokens and labels to the longest window of the batch."""
