@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import methods
 from .core.errors import AdaLoraError, ConfigError
 from .files import write_json
 from .hf.convert import read_peft_adalora
 from .hf.files import ADAPTER_FILES, read_settings
 from .hf.plain import PlainAdapter
-from .methods import head_modules
 from .preparation import completed, task_of
 from .pretrained import load_model, load_tokenizer
 from .report.run import Run
@@ -103,7 +103,8 @@ def _base_model(run: Run) -> nn.Module:
     tokenizer = load_tokenizer(recipe.model, recipe.data.max_length)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return load_model(recipe.model, task_of(recipe), tokenizer)
+        precision = methods.get(recipe.method).base_precision
+        return load_model(recipe.model, task_of(recipe), tokenizer, precision)
 
 
 def _matrix(model: nn.Module, name: str, weight: Tensor | None) -> Tensor:
@@ -166,7 +167,7 @@ class _Model:
 
     def names(self, model: nn.Module) -> list[str]:
         """Linear layers and convolutions, without the output layer: what LoRA adapts by ``all-linear``."""
-        heads = tuple(f"{name}." for name in head_modules(model))  # type: ignore[arg-type]
+        heads = tuple(f"{name}." for name in methods.head_modules(model))  # type: ignore[arg-type]
         output = model.get_output_embeddings()  # type: ignore[operator]
         kinds = (nn.Linear, Conv1D, nn.Conv2d)
         found = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not output]

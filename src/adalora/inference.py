@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from . import methods
-from .data import DataError, read_rows
+from .data import read_lines, read_rows
 from .preparation import completed, read_evaluation_rows, task_of
 from .pretrained import load_model, load_tokenizer
 from .recipe import Recipe
@@ -66,9 +66,7 @@ def rows_of_file(folder: Path, file: Path) -> Dataset:
     run = _Run.of(folder)
     task, target = run.task, run.recipe.data.label
     if file.suffix.lower() == ".txt":
-        if not file.is_file():
-            raise DataError(f"no file {file}")
-        return task.rows_of([line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None)
+        return task.rows_of(read_lines(file), None)
     rows = read_rows(str(file), "train")
     rows = rows.remove_columns([target]) if target in rows.column_names else rows
     task.check(rows, str(file), with_targets=False)
@@ -107,6 +105,7 @@ class _Run(NamedTuple):
         """The model with what the run learned, ready to answer, and its tokenizer."""
         recipe = self.recipe
         tokenizer = load_tokenizer(recipe.model, recipe.data.max_length)
-        base = load_model(recipe.model, self.task, tokenizer)
-        model = methods.get(recipe.method).load(base, recipe, self.folder)
+        method = methods.get(recipe.method)
+        base = load_model(recipe.model, self.task, tokenizer, method.base_precision)
+        model = method.load(base, recipe, self.folder)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -173,7 +173,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     )
     arguments = _arguments(recipe, folder)
     set_seed(recipe.seed)  # the new output layer and the adapter start from random numbers
-    model = load_model(recipe.model, task, tokenizer)
+    model = load_model(recipe.model, task, tokenizer, method.base_precision)
     if isinstance(task, StartsOutput):
         task.start_output(model)
     if recipe.budget is not None:

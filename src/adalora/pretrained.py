@@ -90,13 +90,17 @@ def form_of(model: str, task: Task) -> Form:
     return _ENCODER_DECODER if config.is_encoder_decoder else _CAUSAL
 
 
-def load_model(model: str, task: Task, tokenizer: Any) -> PreTrainedModel:
-    """The model with an output layer made for ``task``. RecipeError when it cannot have one."""
+def load_model(model: str, task: Task, tokenizer: Any, dtype: str = "auto") -> PreTrainedModel:
+    """The model with an output layer made for ``task``. RecipeError when it cannot have one.
+
+    Args:
+        dtype: of its weights; ``auto``: the checkpoint's own.
+    """
     source, form = locate(model), form_of(model, task)
     try:
         loaded: PreTrainedModel
         loaded, found = getattr(transformers, form.auto_class).from_pretrained(
-            **_place(source), **task.head(), ignore_mismatched_sizes=True, output_loading_info=True
+            **_place(source), **task.head(), dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except _LOAD_ERRORS as error:
         raise _not_a_model(model, source, error, form.words) from error

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import AdaLoraCallback, AdaLoraConfig, allocator, export_lora, get_peft_model, ranks
 from ..recipe import AdaLoraSection, Recipe
-from .base import Adapted, Job, Section, head_modules, register
+from .base import Adapted, Job, Precision, Section, head_modules, load_adapter, register, whole_in_float32
 from .sizes import rank_for
 
 
@@ -23,6 +22,7 @@ class AdaLora:
 
     section: ClassVar[Section | None] = "adalora"
     takes_budget: ClassVar[bool] = True
+    base_precision: ClassVar[Precision] = "auto"
 
     def with_budget(self, model: PreTrainedModel, recipe: Recipe, parameters: int) -> Recipe:
         """The target rank whose LoRA comes nearest. Which matrices keep the triplets is decided in training, so where
@@ -35,6 +35,7 @@ class AdaLora:
     def adapt(self, model: PreTrainedModel, job: Job) -> Adapted:
         """P, Λ, Q on every target; an allocator that hooks into the optimizer."""
         adapted = get_peft_model(model, self.config(model, job))
+        whole_in_float32(adapted)
         ours = allocator(adapted)
         ours.plan(job.total_steps, job.steps_per_epoch)
 
@@ -62,7 +63,7 @@ class AdaLora:
 
     def load(self, model: PreTrainedModel, recipe: Recipe, folder: Path) -> nn.Module:
         """What is saved is plain LoRA: stock PEFT loads it."""
-        return PeftModel.from_pretrained(model, str(folder))
+        return load_adapter(model, folder)
 
 
 @register("svd_lora")

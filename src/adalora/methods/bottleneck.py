@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from ..recipe import Recipe, RecipeError
-from .base import Adapted, Job, Section, register, train_only
+from .base import Adapted, Job, Precision, Section, register, train_only
 from .saving import load_trained, save_trained
 from .sizes import nearest
 
@@ -112,6 +112,7 @@ class Bottlenecks:
 
     section: ClassVar[Section | None] = "bottleneck"
     takes_budget: ClassVar[bool] = True
+    base_precision: ClassVar[Precision] = "float32"
 
     def __init__(self, behind_attention: bool) -> None:
         self._behind_attention = behind_attention

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..hf.layers import adapted_model, lora_layers
 from ..recipe import Recipe, RecipeError
-from .base import Adapted, Job, Section, head_modules, register
+from .base import Adapted, Job, Precision, Section, head_modules, load_adapter, register
 from .saving import adapter_of, save_adapter
 from .sizes import rank_for, with_adapter
 
@@ -41,6 +41,7 @@ class LowRank:
 
     section: ClassVar[Section | None] = "lora"
     takes_budget: ClassVar[bool] = True
+    base_precision: ClassVar[Precision] = "auto"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """``settings``: fields of ``peft.LoraConfig`` that make the variant."""
@@ -84,7 +85,7 @@ class LowRank:
 
     def load(self, model: PreTrainedModel, recipe: Recipe, folder: Path) -> nn.Module:
         """The model with the adapter, by PEFT alone."""
-        return PeftModel.from_pretrained(model, str(folder))
+        return load_adapter(model, folder)
 
 
 def _ranks(model: PeftModel) -> dict[str, int]:
@@ -130,6 +131,10 @@ def _start_from_data(model: PeftModel, job: Job) -> None:
         prepare_layer_inputs_fn=_at_real_tokens,
         show_progress_bar=False,
     )
+    layers: Any = lora_layers(adapted_model(model), model.active_adapter)
+    for _, layer in layers:  # PEFT makes them anew in the base's precision
+        layer.lora_A.float()
+        layer.lora_B.float()
 
 
 class _Batches:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..hf.installation import linear_module_suffixes
 from ..recipe import Recipe, RecipeError
-from .base import get, head_modules
+from .base import get, head_modules, whole_in_float32
 
 Modules = str | list[str] | None
 
@@ -99,7 +99,8 @@ def lora_parameters(
 
 
 def with_adapter(model: nn.Module, config: LoraConfig, **settings: Any) -> PeftModel:
-    """``peft.get_peft_model``; RecipeError when the target modules match nothing, with what could match."""
+    """``peft.get_peft_model``, with all that is trained in float32. RecipeError when the target modules match nothing,
+    with what could match."""
     wanted, excluded = config.target_modules, config.exclude_modules
     try:
         with warnings.catch_warnings():  # PEFT corrects this by itself for GPT-2's layers
@@ -112,6 +113,7 @@ def with_adapter(model: nn.Module, config: LoraConfig, **settings: Any) -> PeftM
             + f", whose linear modules are called {', '.join(linear_module_suffixes(model)) or '(none)'}; "
             "'all-linear' takes them all"
         ) from error
+    whole_in_float32(adapted)
     return adapted
 
 

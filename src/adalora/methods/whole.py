@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..hf.files import replacing
 from ..recipe import Recipe, RecipeError
-from .base import Adapted, Job, Section, head_modules, register, train_only
+from .base import Adapted, Job, Precision, Section, head_modules, register, train_only
 from .saving import load_trained, save_trained
 
 
@@ -21,6 +21,7 @@ class Full:
 
     section: ClassVar[Section | None] = None
     takes_budget: ClassVar[bool] = False
+    base_precision: ClassVar[Precision] = "float32"
 
     def with_budget(self, model: PreTrainedModel, recipe: Recipe, parameters: int) -> Recipe:
         """Raises RecipeError: there is no size to choose."""
@@ -49,6 +50,7 @@ class Part:
 
     section: ClassVar[Section | None] = None
     takes_budget: ClassVar[bool] = False
+    base_precision: ClassVar[Precision] = "float32"
 
     def __init__(self, biases: bool) -> None:
         self._biases = biases
