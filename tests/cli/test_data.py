@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from adalora.data import DataError, demo_reviews, digest, has_splits, read_rows, sample
+from adalora.data import DataError, demo_reviews, digest, has_splits, read_lines, read_rows, sample
 
 ROWS = {"text": ["one, two", "NA", "null"], "label": [0, 1, 0]}
 
@@ -228,6 +228,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, m
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_rows(str(path), "train")
+
+
+def test_lines_of_a_text_end_where_lines_of_a_file_do(tmp_path: Path) -> None:
+    """Other characters that Unicode lets a line end with are part of it."""
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\u2028line\r\n\n \ntwo\x0b\x85\n".encode())
+    assert read_lines(path) == ["one\u2028line", "two\x0b\x85"]
+    path.write_bytes(b"fine\n" + LATIN)
+    with pytest.raises(DataError, match=r"texts\.txt, line 2, byte 4: 0xe9 is not UTF-8: save the file in UTF-8"):
+        read_lines(path)
+    with pytest.raises(DataError, match=r"no file .*other\.txt"):
+        read_lines(tmp_path / "other.txt")
 
 
 def test_the_digest_sees_values_and_order_of_the_columns_in_use(rows: Dataset) -> None:

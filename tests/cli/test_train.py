@@ -72,7 +72,7 @@ def test_a_run_from_training_to_answers(adalora: Run, tiny_run: list[object], fi
     first, second = map(json.loads, answered.out.splitlines())
     assert (first["label"], second["label"]) == ("fresh", "rotten")
     assert first["score"] == first["scores"]["fresh"] and sum(first["scores"].values()) == pytest.approx(1)
-    Path("texts.txt").write_text("great funny superb film\n\ndull flat awful film\n")
+    Path("texts.txt").write_text("great funny\u2028superb film\n\ndull flat awful film\n")
     assert adalora("predict", "run", "--file", "texts.txt").out.count("fresh") == 1
     assert len(adalora("predict", "run", "--file", files / "test.csv", "--json").out.splitlines()) == 40
 

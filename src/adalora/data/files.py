@@ -37,6 +37,17 @@ def read_file(path: Path) -> Dataset:
         raise DataError(fault) from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. DataError when it is not there, or naming what is not UTF-8."""
+    if not path.is_file():
+        raise DataError(f"no file {path}")
+    fault = _not_utf8(path)
+    if fault:
+        raise DataError(fault)
+    with path.open(encoding="utf-8-sig") as lines:
+        return [line.rstrip("\n") for line in lines if line.strip()]
+
+
 def innermost(error: BaseException) -> str:
     """The first line of the innermost cause: ``datasets`` wraps what a reader said in a general error."""
     while error.__cause__ is not None:
