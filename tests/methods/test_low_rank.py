@@ -24,9 +24,10 @@ from transformers import (
 
 from adalora import methods
 from adalora.methods import Adapted, low_rank
+from adalora.methods.sizes import lora_parameters
 from adalora.recipe import RecipeError
 
-from .jobs import adapt, job_for, outputs, recipe_for, rows, tiny_bert, trainer_for
+from .jobs import POOLER, adapt, job_for, outputs, recipe_for, rows, tiny_bert, trainer_for
 
 VARIANTS = ["dora", "eva", "lora", "pissa", "rslora"]
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -200,6 +201,15 @@ def test_a_budget_keeps_the_proportion_of_alpha_to_rank() -> None:
     for lora, alpha in (({}, 6.0), ({"r": 8, "lora_alpha": 32}, 12.0)):
         sized = methods.get("lora").with_budget(tiny_bert(), recipe_for("lora", lora=lora), 3 * 12 * 64)
         assert (sized.lora.r, sized.lora.lora_alpha) == (3, alpha)
+
+
+def test_a_budget_leaves_a_recipe_as_it_is_that_has_its_rank() -> None:
+    """A resumed run resolves its own resolved recipe, and is refused when that moves by a rounding error: 16 * 11 / 6
+    does not survive another * 11 / 11."""
+    budget = lora_parameters(tiny_bert(), "all-linear", POOLER, 11)
+    once = methods.get("lora").with_budget(tiny_bert(), recipe_for("lora", lora={"r": 6, "lora_alpha": 16}), budget)
+    assert once.lora.r == 11
+    assert methods.get("lora").with_budget(tiny_bert(), once, budget) == once
 
 
 def test_targets_that_match_nothing_are_refused(tmp_path: Path) -> None:

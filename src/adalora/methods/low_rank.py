@@ -59,6 +59,8 @@ class LowRank:
             exclude_modules=lora.exclude_modules,
             use_dora="use_dora" in self._settings,
         )
+        if rank == lora.r:
+            return recipe  # to the bit, so that a resumed run finds its own recipe
         assert lora.lora_alpha is not None  # the section fills it in
         changed = lora.model_copy(update={"r": rank, "lora_alpha": lora.lora_alpha * rank / lora.r})
         return recipe.model_copy(update={"lora": changed})
