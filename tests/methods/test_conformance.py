@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from adalora import methods
@@ -86,6 +87,17 @@ def test_ranks_are_of_the_adapted_matrices(trained: Trained) -> None:
     linear = {name for name, module in tiny_bert().named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(ranks) == linear - {"bert.pooler.dense", "classifier"}
     assert sum(ranks.values()) == 4 * len(ranks), "the default rank, on average"
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_without_allocation_the_scale_is_that_of_adalora(use_rslora: bool, tmp_path: Path) -> None:
+    recipes = [
+        recipe_for(name, adalora={"target_r": 4, "init_r": 6, "lora_alpha": 12, "use_rslora": use_rslora})
+        for name in ("adalora", "svd_lora")
+    ]
+    models = [adapt(recipe.method, tmp_path, recipe)[1].model for recipe in recipes]
+    scales = [m.scaling["default"] for model in models for m in model.modules() if isinstance(m, LoraLayer)]
+    assert scales == pytest.approx([12 / 6**0.5 if use_rslora else 2] * 2 * 12)
 
 
 @pytest.mark.parametrize("name", SIZED)

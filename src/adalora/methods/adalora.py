@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .. import AdaLoraCallback, AdaLoraConfig, allocator, export_lora, get_peft_model, ranks
 from ..recipe import AdaLoraSection, Recipe
 from .base import Adapted, Job, Precision, Section, head_modules, load_adapter, register, whole_in_float32
+from .budgeted import scale_of
 from .sizes import rank_for
 
 
@@ -73,14 +74,15 @@ class SvdLora(AdaLora):
     def config(self, model: PreTrainedModel, job: Job) -> AdaLoraConfig:
         """No rank above the target, so there is nothing to allocate; the scale stays as it was."""
         section = job.recipe.adalora
-        fixed = at_rank(section, section.target_r, init_r=section.target_r)
-        recipe = job.recipe.model_copy(update={"adalora": fixed.model_copy(update={"schedule": "constant"})})
-        return super().config(model, replace(job, recipe=recipe))
+        rank = section.target_r
+        alpha = scale_of(section) * (math.sqrt(rank) if section.use_rslora else rank)
+        fixed = section.model_copy(update={"init_r": rank, "lora_alpha": alpha, "schedule": "constant"})
+        return super().config(model, replace(job, recipe=job.recipe.model_copy(update={"adalora": fixed})))
 
 
-def at_rank(section: AdaLoraSection, target_r: int, init_r: int | None = None) -> AdaLoraSection:
-    """The section at another rank, with its ratio of initial to target rank and its scale alpha / init_r."""
+def at_rank(section: AdaLoraSection, target_r: int) -> AdaLoraSection:
+    """The section at another rank, with its ratios of initial to target rank and of alpha to initial rank."""
     assert section.init_r is not None and section.lora_alpha is not None  # filled in when it was validated
-    initial = init_r or math.ceil(target_r * section.init_r / section.target_r)
+    initial = math.ceil(target_r * section.init_r / section.target_r)
     alpha = section.lora_alpha / section.init_r * initial
     return section.model_copy(update={"target_r": target_r, "init_r": initial, "lora_alpha": alpha})
