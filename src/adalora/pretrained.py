@@ -111,8 +111,9 @@ def load_model(model: str, task: Task, tokenizer: Any, dtype: str = "auto") -> P
     if Path(source).suffix == ".gguf":  # plain float32 weights by now, which can be trained
         vars(loaded).update(is_quantized=False, hf_quantizer=None)
         del loaded.config.quantization_config
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is not None:  # the model looks for the last token of a text that is not this one
+        for config in (loaded.config, loaded.config.get_text_config()):
+            config.pad_token_id = tokenizer.pad_token_id
     return loaded
 
 

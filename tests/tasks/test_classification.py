@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from scipy.stats import spearmanr
 
 from adalora import tasks
 from adalora.data import DataError
+from adalora.pretrained import load_model, load_tokenizer
 from adalora.recipe import RecipeError
 from adalora.tasks import Columns, Options, Setup, Task
+
+from .generators import END, PAD, model_of, tokenizer_of
 
 
 def rows(labels: list[object]) -> Dataset:
@@ -96,3 +100,20 @@ def test_label_names_that_cannot_be_meant() -> None:
         task("regression", ["a"])
     with pytest.raises(RecipeError, match="names a class twice: a, a"):
         task("classification", ["a", "a"])
+
+
+@pytest.mark.parametrize("said", [END, None])
+def test_a_decoder_reads_the_last_token_of_a_text_however_its_batch_is_padded(tmp_path: Path, said: int | None) -> None:
+    """Also where the model's configuration has another padding token than the tokenizer, or none."""
+    texts = rows(["a", "b"]).remove_columns("text").add_column("text", ["a film", "a good cast in a weak film"])
+    tokenizer = tokenizer_of("llama", texts["text"])
+    model = model_of("llama", len(tokenizer))
+    model.config.pad_token_id = said
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fitted, tokenizer = task("classification").fit(texts), load_tokenizer(str(tmp_path))
+    loaded = load_model(str(tmp_path), fitted, tokenizer)
+    assert tokenizer.pad_token_id == PAD
+    alone, together = (fitted.predict(loaded.eval(), tokenizer, texts, size) for size in (1, 2))
+    for one, other in zip(alone, together, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
