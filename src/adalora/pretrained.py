@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .recipe import DEMO_LANGUAGE_MODEL, DEMO_MODEL, RecipeError
 from .tasks import Task
@@ -79,7 +79,7 @@ def longest(model: str, tokenizer: Any) -> int:
 
 
 def form_of(model: str, task: Task) -> Form:
-    """In what form ``task`` needs the model."""
+    """In what form ``task`` needs the model. RecipeError when it should write and is an encoder."""
     if task.kind != "generation":
         return _FORMS[task.kind]
     source = locate(model)
@@ -87,7 +87,14 @@ def form_of(model: str, task: Task) -> Form:
         config = AutoConfig.from_pretrained(**_place(source))
     except _LOAD_ERRORS as error:
         raise _not_a_model(model, source, error, "a language model") from error
-    return _ENCODER_DECODER if config.is_encoder_decoder else _CAUSAL
+    if config.is_encoder_decoder:
+        return _ENCODER_DECODER
+    if _sees_what_follows(config):
+        raise RecipeError(
+            f"model {model} cannot learn to write: {config.model_type} is an encoder, which reads a text from both "
+            "sides. Take a causal or an encoder-decoder language model"
+        )
+    return _CAUSAL
 
 
 def load_model(model: str, task: Task, tokenizer: Any, dtype: str = "auto") -> PreTrainedModel:
@@ -115,6 +122,12 @@ def load_model(model: str, task: Task, tokenizer: Any, dtype: str = "auto") -> P
         for config in (loaded.config, loaded.config.get_text_config()):
             config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _sees_what_follows(config: Any) -> bool:
+    """Whether it is a masked language model's: Transformers loads some of them as causal ones, and warns at most."""
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # XLM's word for it
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decoder
 
 
 def _output_names(model: PreTrainedModel) -> set[str]:

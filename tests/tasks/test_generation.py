@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
@@ -267,8 +268,24 @@ def test_rows_that_cannot_be_read(column: str, values: list[Any], message: str) 
         task_of("data_to_text").check(rows, "here", with_targets=False)
 
 
-def test_an_encoder_is_no_language_model(pieces: Path) -> None:
-    """Transformers would give it an output layer of random numbers, and train that."""
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM"])
+def test_an_encoder_is_no_language_model(pieces: Path, tmp_path: Path, name: str) -> None:
+    """With the output layer of a masked language model it would see the words that it should find."""
     tokenizer = load_tokenizer(str(pieces))
+    getattr(transformers, name).from_pretrained(pieces).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"cannot learn to write: bert is an encoder, .* encoder-decoder"):
+        load_model(str(tmp_path), task_of("summarization"), tokenizer)
+
+
+def test_an_encoder_that_was_made_a_decoder_is_a_language_model(pieces: Path, tmp_path: Path) -> None:
+    config = transformers.BertConfig.from_pretrained(pieces, is_decoder=True)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), task_of("summarization"), load_tokenizer(str(pieces)))
+
+
+def test_a_body_alone_is_no_language_model(tmp_path: Path) -> None:
+    """Transformers would give it an output layer of random numbers, and train that."""
+    tokenizer = tokenizer_of("llama", list(ROWS["text"]))
+    model_of("llama", len(tokenizer)).base_model.save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="no output layer that was trained to write"):
-        load_model(str(pieces), task_of("summarization"), tokenizer)
+        load_model(str(tmp_path), task_of("summarization"), tokenizer)
