@@ -63,9 +63,9 @@ def test_scores_stand_over_their_budgets_with_a_deviation_each_way(drawn: dict[s
 
 
 def test_one_seed_has_no_bar(drawn: dict[str, Figure]) -> None:
-    draw([record("mrpc", "lora", "rank 2", 1, 0.8)])
+    draw([record("mrpc", "lora", budget, 1, 0.8) for budget in ("rank 2", "rank 8")])
     line, caps, _ = drawn["mrpc/budget"].axes[0].containers[0]
-    assert list(line.get_ydata()) == [80] and [list(cap.get_ydata()) for cap in caps] == [[80], [80]]
+    assert list(line.get_ydata()) == [80, 80] and [list(cap.get_ydata()) for cap in caps] == [[80, 80]] * 2
 
 
 def test_rates_show_the_runs_that_chose_and_the_choice(drawn: dict[str, Figure]) -> None:
@@ -109,8 +109,30 @@ def test_nothing_is_drawn_of_nothing(records: list[Record], drawn: dict[str, Fig
     assert draw(records) == []
 
 
-def test_no_budgets_no_picture_over_budgets(drawn: dict[str, Figure]) -> None:
-    assert draw([record("mrpc", "full", None, 1, 0.9)], methods={"full": None}, budgets=[]) == []
+@pytest.mark.parametrize(
+    ("budget", "title"), [("rank 2", "accuracy of mrpc at rank 2: "), (None, "accuracy of mrpc: ")]
+)
+def test_with_one_budget_methods_stand_below_each_other(budget: Any, title: str, drawn: dict[str, Figure]) -> None:
+    records = [record("mrpc", name, budget, seed, 0.8 + 0.02 * seed) for name in ("lora", "adalora") for seed in (1, 2)]
+    records.append(record("mrpc", "full", None, 1, 0.9))
+    keys: dict[str, Any] = {"budgets": [budget]} if budget else {"budgets": []}
+    assert draw(records, **keys) == ["mrpc/methods"]
+    figure = drawn["mrpc/methods"]
+    axes = figure.axes[0]
+    assert figure.get_suptitle().startswith(title)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "adalora", "lora"], "the first is on top"
+    assert [bars[0].get_xdata().tolist() for bars in axes.containers] == [[90], [83], [83]]
+    seeds = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|" and line.get_markersize() == 5]
+    assert seeds == [[90], pytest.approx([82, 84]), pytest.approx([82, 84])]
+
+
+def test_many_rank_maps_stand_side_by_side(drawn: dict[str, Figure]) -> None:
+    learned = {"encoder.layer.0.query": 1, "encoder.layer.1.query": 3}
+    names = [f"variant-{index}" for index in range(5)]
+    records = [record("mrpc", name, "rank 2", 1, 0.8, ranks=learned) for name in names]
+    draw(records, methods={name: {"method": "adalora"} for name in names}, reference=None)
+    maps = [axes for axes in drawn["mrpc/ranks"].axes if axes.images]
+    assert len({round(axes.get_position().x0, 2) for axes in maps}) == 2 and len(maps) == 5
 
 
 def test_pictures_are_png_and_svg(tmp_path: Path) -> None:

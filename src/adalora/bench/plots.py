@@ -24,8 +24,9 @@ _MARKERS = "osD^vPX*<>"
 def draw_plots(found: Results, records: Sequence[Record], folder: Path) -> dict[str, list[Path]]:
     """Draw what there is to draw, each picture as PNG and as SVG. Returns the paths by task, ``AVERAGE`` among them.
 
-    ``TASK/budget`` and ``average`` have mean scores over budgets with one sample standard deviation each way,
-    ``TASK/rate`` the runs that chose the learning rates, ``TASK/ranks`` the ranks of methods that divide a budget.
+    ``TASK/budget`` and ``average`` have mean scores over budgets with one sample standard deviation each way, or, with
+    one budget, ``TASK/methods`` method by method; ``TASK/rate`` has the runs that chose the learning rates,
+    ``TASK/ranks`` the ranks of methods that divide a budget.
     """
     methods = list(dict.fromkeys(row.group.method for table in found.tables for row in table.rows))
     style = {method: (f"C{index % 10}", _MARKERS[index % len(_MARKERS)]) for index, method in enumerate(methods)}
@@ -34,6 +35,7 @@ def draw_plots(found: Results, records: Sequence[Record], folder: Path) -> dict[
         own = [record for record in records if record.task == table.task and record.state == "done"]
         figures = {
             "budget": _against_budget([table], style),
+            "methods": _by_method(table, style),
             "rate": _against_rate(table, [record for record in own if record.role == "choose"], style),
             "ranks": _rank_maps(table.task, [record for record in own if record.role == "report"]),
         }
@@ -59,10 +61,10 @@ _Style = dict[str, tuple[str, str]]  # colour and marker of each method
 
 
 def _against_budget(tables: Sequence[Table], style: _Style) -> Figure | None:
-    """One line for each method; a method whose size cannot be chosen is a line across. None without budgets."""
+    """One line for each method; a method whose size cannot be chosen is a line across. None without two budgets."""
     rows = [(table, row) for table in tables for row in table.rows if row.summary.n]
     budgets: list[Budget] = list(dict.fromkeys(row.group.budget for _, row in rows if row.group.budget is not None))
-    if not budgets:
+    if len(budgets) < 2:
         return None
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -84,6 +86,30 @@ def _against_budget(tables: Sequence[Table], style: _Style) -> Figure | None:
     axes.set_xlabel("budget")
     title = "Average over tasks" if tables[0].task == AVERAGE else tables[0].title
     return _finished(figure, axes, tables[0].headline, f"{title}: mean ± standard deviation over seeds")
+
+
+def _by_method(table: Table, style: _Style) -> Figure | None:
+    """One line of the picture for each method, with its seeds in grey. None with two budgets or without scores."""
+    rows = [row for row in reversed(table.rows) if row.summary.n]
+    if not rows or len({row.group.budget for row in rows} - {None}) > 1:
+        return None
+    figure = Figure(figsize=(6.4, 1.4 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    points = table.points.get(table.headline, 1.0)
+    for place, row in enumerate(rows):
+        mean, deviation = _shown(table, row)
+        colour, marker = style[row.group.method]
+        seeds = [score * points for score in row.scores.values()]
+        axes.plot(seeds, [place - 0.22] * len(seeds), "|", color="#888888", markersize=5)
+        axes.errorbar(mean, place, xerr=deviation, color=colour, marker=marker, capsize=3)
+    axes.set_yticks(range(len(rows)), [row.group.method for row in rows])
+    axes.set_xlabel(table.headline)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    budget = next((f" at {_words(row.group.budget)}" for row in rows if row.group.budget is not None), "")
+    figure.suptitle(f"{table.title}{budget}: mean ± standard deviation, seeds below", fontsize=11)
+    return figure
 
 
 def _shown(table: Table, row: Row) -> tuple[float, float]:
@@ -137,10 +163,14 @@ def _rank_maps(task: str, reported: Sequence[Record]) -> Figure | None:
     grids = {key: arrange(_totals(runs)) for key, runs in groups.items()}
     wide, high = (max(len(getattr(grid, side)) for grid in grids.values()) for side in ("layers", "modules"))
     label = 0.085 * max(len(module) for grid in grids.values() for module in grid.modules)
-    size = (max(0.5 * wide + label + 1.6, 6.4), (0.42 * high + 1.2) * len(grids) + 0.4)
+    columns = min(3, math.ceil(len(grids) / 3))
+    lines = math.ceil(len(grids) / columns)
+    size = (max(columns * (0.5 * wide + label + 1.6), 6.4), (0.42 * high + 1.2) * lines + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    panels: list[Axes] = list(figure.subplots(len(grids), 1, squeeze=False)[:, 0])
-    for axes, ((method, budget), grid) in zip(panels, grids.items(), strict=True):
+    panels: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(grids) :]:
+        axes.remove()
+    for axes, ((method, budget), grid) in zip(panels, grids.items(), strict=False):
         n = len(groups[method, budget])
         values = [[math.nan if total is None else total / n for total in row] for row in grid.values]
         highest = max(value for row in values for value in row if not math.isnan(value))
@@ -151,8 +181,8 @@ def _rank_maps(task: str, reported: Sequence[Record]) -> Figure | None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(f"{method}, {_words(budget)}, {n} seed{'s' if n > 1 else ''}", fontsize=10)
+        axes.set_xlabel("layer")
         figure.colorbar(image, ax=axes, label="mean rank", shrink=0.8)
-    panels[-1].set_xlabel("layer")
     figure.suptitle(f"Learned ranks on {task}", fontsize=11)
     return figure
 
@@ -182,7 +212,7 @@ def _finished(figure: Figure, axes: Axes, headline: str, title: str) -> Figure:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     entries = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(entries.values(), entries, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 
