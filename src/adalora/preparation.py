@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler, set_seed
 
 from . import methods, reporters, tasks
 from .core.schedule import Schedule
@@ -193,6 +193,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     )
     head = sum(p.numel() for name in head_modules(model) for p in model.get_submodule(name).parameters())
     adapted = method.adapt(model, job)
+    _check_optimizer(arguments, adapted.model)
     sizes = {name: (p.numel(), p.requires_grad) for name, p in adapted.model.named_parameters()}
     trainable = sum(size for size, trained in sizes.values() if trained)
     copies = sum(size for name, (size, _) in sizes.items() if ".original_module." in name)  # PEFT's, of the head
@@ -250,7 +251,7 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     reporters.check(recipe.training.report_to)
     settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder.checkpoints),
             seed=recipe.seed,
             data_seed=recipe.seed,
@@ -264,6 +265,38 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         )
     except ValueError as error:
         raise RecipeError(f"training: {error}") from error
+    _check_scheduler(arguments)
+    return arguments
+
+
+def _check_scheduler(arguments: TrainingArguments) -> None:
+    """A Trainer would find out when training begins, or at the first evaluation."""
+    kind = SchedulerType(arguments.lr_scheduler_type)
+    advice = "take linear, cosine, constant_with_warmup or another that needs no more than the keys of `training`"
+    if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise RecipeError(
+            f"training.lr_scheduler_type: {kind.value} goes by the loss on held-out rows, which is not measured: "
+            f"{advice}"
+        )
+    try:
+        get_scheduler(
+            kind,
+            torch.optim.SGD([torch.zeros(1)], arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(100),
+            num_training_steps=100,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"training.lr_scheduler_type: {kind.value} is not possible here ({error}): {advice}"
+        ) from error
+
+
+def _check_optimizer(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Some come in packages of their own."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"training.optim: {error}") from error
 
 
 def _whole(interval: float | None) -> float | None:

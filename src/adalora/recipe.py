@@ -159,7 +159,11 @@ class TrainingSection(_Section):
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; when above 0, replaces num_train_epochs.")
     learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
-    lr_scheduler_type: str = Field("linear", description="How the learning rate changes.")
+    lr_scheduler_type: str = Field(
+        "linear",
+        description="How the learning rate changes, by a name in Transformers that needs no settings of its own: "
+        "linear, cosine, constant_with_warmup, ...",
+    )
     warmup_steps: Interval = Field(0.06, description="Steps, or fraction of all steps, of rising learning rate.")
     optim: str = Field("adamw_torch", description="Optimizer, by its name in Transformers.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")

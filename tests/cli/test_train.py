@@ -235,6 +235,16 @@ def test_a_run_is_replaced_only_when_asked(adalora: Run, tiny_run: list[object],
     assert Path("run/notes.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("setting", ["lr_scheduler_type=cosine_with_min_lr", "optim=galore_adamw"])
+def test_a_run_is_not_replaced_by_one_that_cannot_start(
+    adalora: Run, tiny_run: list[object], finished: Path, setting: str
+) -> None:
+    shutil.copytree(finished, "run")
+    before = listing(Path("run"))
+    assert adalora("train", *tiny_run, "--overwrite", "--set", f"training.{setting}").code == 2
+    assert listing(Path("run")) == before
+
+
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
 def test_a_folder_that_holds_no_run_is_left_alone(adalora: Run, tiny_run: list[object], flags: list[str]) -> None:
     Path("run").mkdir()
