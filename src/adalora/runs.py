@@ -14,7 +14,7 @@ from .recipe_text import read_raw
 Mode = Literal["new", "overwrite", "resume"]
 
 COMPLETE = "complete"
-"""An empty file that a run writes into a checkpoint when everything else is in it."""
+"""A file that a run writes into a checkpoint when everything else is in it: the seconds of training so far."""
 
 
 class RunError(AdaLoraError):
@@ -126,6 +126,10 @@ class RunFolder(NamedTuple):
         """The newest checkpoint that was written to its end."""
         complete = [(step, path) for step, path in self._checkpoints() if (path / COMPLETE).is_file()]
         return max(complete)[1] if complete else None
+
+    def seconds_until(self, checkpoint: Path | None) -> float:
+        """Seconds of training that led to a complete checkpoint; 0 without one, or where it does not say."""
+        return float((checkpoint / COMPLETE).read_text(encoding="utf-8").strip() or 0) if checkpoint else 0.0
 
     def _checkpoints(self) -> Iterator[tuple[int, Path]]:
         for checkpoint in self.checkpoints.glob("checkpoint-*"):

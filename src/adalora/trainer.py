@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .core.errors import AdaLoraError
+from .files import write_text
 from .runs import COMPLETE
 from .tasks import Task
 
@@ -43,12 +45,14 @@ class SteadyTrainer(Trainer):
         callbacks: Iterable[TrainerCallback],
         group_by_length: bool,
         averages_over_items: bool,
+        seconds_before: float,
         **settings: Any,
     ) -> None:
         """A Trainer of ``model`` on the features in ``train_dataset``, measured on the held-out ``rows``.
 
         Args:
             averages_over_items: the model's loss is over all items of accumulated batches, if told their number.
+            seconds_before: of training, in the parts of the run that led to the checkpoint to resume from.
         """
         self._task, self._tokenizer, self._rows = task, tokenizer, rows
         self._lengths = [len(tokens) for tokens in train_dataset["input_ids"]] if group_by_length else None
@@ -58,7 +62,7 @@ class SteadyTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=rows,
             data_collator=collate,
-            callbacks=[*callbacks, _StopWhenNotFinite(), _MarkComplete()],
+            callbacks=[*callbacks, _StopWhenNotFinite(), _MarkComplete(seconds_before)],
             **settings,
         )
         self.remove_callback(PrinterCallback)
@@ -145,6 +149,13 @@ def diverged(loss: float, step: int) -> TrainingError:
 class _MarkComplete(TrainerCallback):
     """The last callback: whatever a checkpoint should hold is in it now."""
 
+    def __init__(self, seconds_before: float) -> None:
+        self._before = seconds_before
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began = time.monotonic()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            seconds = self._before + time.monotonic() - self._began
+            write_text(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE, f"{seconds:.1f}\n")

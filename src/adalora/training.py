@@ -43,6 +43,7 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         folder.drop_checkpoints(after=prepared.resumed_step)
     write_text(folder.recipe, dump(recipe))
 
+    seconds_before = folder.seconds_until(prepared.checkpoint)
     trainer = SteadyTrainer(
         prepared.task,
         prepared.tokenizer,
@@ -53,6 +54,7 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         callbacks=[*prepared.adapted.callbacks, *callbacks],
         group_by_length=recipe.training.group_by_length,
         averages_over_items=prepared.form.task_type == "CAUSAL_LM",
+        seconds_before=seconds_before,
     )
     if recipe.training.report_to:
         ranks = prepared.adapted.ranks if prepared.initial_ranks else None
@@ -75,7 +77,7 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         "log": trainer.state.log_history,
         "training_loss": outcome.training_loss,
         "steps": trainer.state.global_step,
-        "seconds": round(outcome.metrics["train_runtime"], 1),
+        "seconds": round(seconds_before + outcome.metrics["train_runtime"], 1),
         "memory": peak_memory(),
     }
     write_json(folder.metrics, metrics)

@@ -170,6 +170,17 @@ def test_any_checkpoint_resumes_to_the_same_bits(adalora: Run, finished: Path, s
     assert adapter_bytes("run") == adapter_bytes(finished)
 
 
+def test_the_training_time_is_that_of_all_parts(adalora: Run, finished: Path) -> None:
+    marks = [finished / f"checkpoints/checkpoint-{step}/complete" for step in (4, 20, 36)]
+    times = [float(mark.read_text()) for mark in marks]
+    assert 0 <= times[0] <= times[1] <= times[2] <= json.loads((finished / "metrics.json").read_text())["seconds"] + 0.1
+    interrupted_copy(finished, after=20)
+    Path("run/checkpoints/checkpoint-20/complete").write_text("1000.0\n")
+    assert adalora("train", "--resume", "--output", "run").code == 0
+    assert 1000 < json.loads(Path("run/metrics.json").read_text())["seconds"] < 1500
+    assert 1000 <= float(Path("run/checkpoints/checkpoint-36/complete").read_text()) < 1500
+
+
 def test_an_incomplete_checkpoint_is_not_resumed_from(adalora: Run, finished: Path) -> None:
     interrupted_copy(finished, after=20)
     Path("run/checkpoints/checkpoint-20/complete").unlink()
