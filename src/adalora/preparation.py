@@ -273,7 +273,7 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
     """A Trainer would find out when training begins, or at the first evaluation."""
     kind = SchedulerType(arguments.lr_scheduler_type)
     advice = "take linear, cosine, constant_with_warmup or another that needs no more than the keys of `training`"
-    if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+    if kind.value in ("reduce_lr_on_plateau", "greedy"):
         raise RecipeError(
             f"training.lr_scheduler_type: {kind.value} goes by the loss on held-out rows, which is not measured: "
             f"{advice}"
