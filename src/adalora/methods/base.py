@@ -130,18 +130,18 @@ def train_only(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None:
 
 
 def whole_in_float32(model: PeftModel) -> bool:
-    """Make float32 of the modules that are trained whole beside an adapter, the output layer above all, as PEFT does
-    with the adapter. They take inputs of the base's precision; those in the middle of the model answer in it too.
+    """Make float32 of modules in half precision that are trained whole beside an adapter, the output layer above all,
+    as PEFT does with the adapter. They take inputs of the base's precision; those inside the model answer in it too.
 
     Returns:
-        Whether any was in another precision.
+        Whether any was in half precision.
     """
     changed = False
     for name, wrapper in model.get_base_model().named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         for module in wrapper.modules_to_save.values():
-            given = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
+            given = {parameter.dtype for parameter in module.parameters()} & {torch.float16, torch.bfloat16}
             if not given:
                 continue
             changed = True
