@@ -182,8 +182,8 @@ def _rank_maps(task: str, reported: Sequence[Record]) -> Figure | None:
         axes.spines[:].set_visible(False)
         axes.set_title(f"{method}, {_words(budget)}, {n} seed{'s' if n > 1 else ''}", fontsize=10)
         axes.set_xlabel("layer")
-        figure.colorbar(image, ax=axes, label="mean rank", shrink=0.8)
-    figure.suptitle(f"Learned ranks on {task}", fontsize=11)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.suptitle(f"Learned ranks on {task}, means over seeds", fontsize=11)
     return figure
 
 
