@@ -153,17 +153,27 @@ def test_an_unfinished_grid_says_what_is_missing() -> None:
     ]
     page = page_of(grid(), records)
     assert line(page, "lora", "rank 2", "2 of 3", "85.00 ± 7.07", "–", "–", "–")
-    assert line(page, "adalora", "rank 2", "1 of 3 (1 failed)", "90.00 ± –", "+10.00", "–", "–")
+    assert line(page, "adalora", "rank 2", "2 of 3 (1 failed)", "45.00 ± 63.64", "−40.00", "−90.00 to +10.00")
     assert line(page, "lora", "rank 8", "0 of 3", "–", "–", "–", "–", "–", "–", "–", "–")
     for said in (
         "- lora at rank 2: 1 of 3 seeds are still to be run",
-        "- adalora at rank 2: accuracy is not defined at seed 2",
+        "- adalora at rank 2: accuracy is not defined at seed 2: a constant answer, which counts as 0",
         "- adalora at rank 2: failed at seed 3, learning rate 0.001 (to report): OutOfMemoryError: a | b",
         "- adalora at rank 2: failed at seed 0, learning rate 0.005 (to choose): TrainingError: the loss became nan",
         "- full: 3 of 3 seeds are still to be run",
     ):
         assert said in page.splitlines()
     assert "- adalora at rank 2: 1 of 3 seeds" not in page, "failed and undefined ones have been run"
+
+
+def test_what_is_not_defined_and_better_low_is_left_out() -> None:
+    """There is no worst perplexity to count it as."""
+    records = [
+        record("mrpc", "lora", "rank 2", seed, score, headline="perplexity", lower_is_better=True)
+        for seed, score in ((1, 3.0), (2, None))
+    ]
+    found = row(table(results(grid(), records), "mrpc"), "lora")
+    assert found.scores == {1: 3.0} and found.undefined == [2] and found.missing == 1
 
 
 def test_a_group_without_any_result_is_not_still_to_be_run() -> None:

@@ -137,7 +137,8 @@ def remarks(table: Table) -> Iterator[str]:
             yield f"{_name(row)}: {row.missing} of {row.wanted} seeds are still to be run"
         if row.undefined:
             seeds = ", ".join(map(str, row.undefined))
-            yield f"{_name(row)}: {table.headline} is not defined at seed {seeds}"
+            counted = "" if row.undefined[0] not in row.scores else ": a constant answer, which counts as 0"
+            yield f"{_name(row)}: {table.headline} is not defined at seed {seeds}{counted}"
         for cell in row.failures:
             where = f"seed {cell.seed}, learning rate {cell.learning_rate:g} (to {cell.role})"
             yield f"{_name(row)}: failed at {where}: {cell.failure}"

@@ -37,7 +37,7 @@ class Row:
     """One method at one budget."""
 
     group: Group
-    scores: dict[int, float]  # the headline metric by seed, where it is finite
+    scores: dict[int, float]  # the headline metric by seed
     summary: Summary
     difference: Difference | None  # to the reference at the same budget; None of the reference itself, or without one
     learning_rates: list[float] = field(default_factory=list)  # chosen
@@ -45,7 +45,7 @@ class Row:
     metrics: dict[str, Summary] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     wanted: int = 0  # seeds that the grid asks for
-    undefined: list[int] = field(default_factory=list)  # seeds at which the headline metric is not defined
+    undefined: list[int] = field(default_factory=list)  # seeds at which it is not defined, so that it counts as 0
     failures: list[Record] = field(default_factory=list)  # reported cells that broke, and those that were to choose
     lost: bool = False  # no learning rate gave a result, so there is nothing to report
 
@@ -55,7 +55,7 @@ class Row:
         if self.lost:
             return 0
         broken = sum(record.role == "report" for record in self.failures)
-        return max(0, self.wanted - len(self.scores) - len(self.undefined) - broken)
+        return max(0, self.wanted - len({*self.scores, *self.undefined}) - broken)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,10 @@ def _of_task(grid: Grid, task: str, records: Sequence[Record], lost: set[Group])
 def _row(group: Group, records: Sequence[Record], wanted: int, lost: bool) -> Row:
     own = [record for record in records if record.group == group]
     done = [record for record in own if record.role == "report" and record.state == "done"]
-    scores = {record.seed: record.score for record in done if math.isfinite(record.score)}
+    undefined = sorted(record.seed for record in done if not math.isfinite(record.score))
+    scores = {record.seed: record.score for record in done if record.seed not in undefined}
+    if not any(record.lower_is_better for record in done):  # the correlation of a constant answer: no better than none
+        scores = {record.seed: scores.get(record.seed, 0.0) for record in done}
     names = dict.fromkeys(name for record in done for name in record.metrics)
     return Row(
         group,
@@ -181,10 +184,11 @@ def _row(group: Group, records: Sequence[Record], wanted: int, lost: bool) -> Ro
         difference=None,
         learning_rates=sorted({record.learning_rate for record in done}),
         tried=sorted({record.learning_rate for record in own if record.role == "choose"}),
-        metrics={name: summary(_finite(record.metrics.get(name) for record in done)) for name in names},
+        metrics={name: summary(_finite(record.metrics.get(name) for record in done)) for name in names}
+        | {record.headline: summary(scores.values()) for record in done},
         cost=_cost(done),
         wanted=wanted,
-        undefined=sorted({record.seed for record in done} - scores.keys()),
+        undefined=undefined,
         failures=[record for record in own if record.state == "failed"],
         lost=lost,
     )
