@@ -7,8 +7,8 @@ rate, seed and folder. Every recipe that can come out is validated before anythi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -204,13 +204,12 @@ class Grid(_Keys):
         for seed in self.seeds.report:
             yield self.cell(group, rate, seed, "report")
 
-    def possible_cells(self) -> Iterator[tuple[str, Callable[[], Cell]]]:
-        """The folder of each cell that could come to be run, whichever rates are chosen, and what makes the cell."""
+    def possible_cells(self) -> Iterator[Cell]:
+        """Each cell that could come to be run, whichever rates are chosen."""
         for group in self.groups:
+            yield from self.choose_cells(group)
             for rate in self.rates(group.method):
-                seeds: dict[int, Role] = {self.seeds.choose: "choose", **dict.fromkeys(self.seeds.report, "report")}
-                for seed, role in seeds.items():
-                    yield cell_folder(group, rate, seed), partial(self.cell, group, rate, seed, role)
+                yield from self.report_cells(group, rate)
 
     def cell(self, group: Group, rate: float, seed: int, role: Role) -> Cell:
         """One cell. RecipeError when its recipe is at fault."""

@@ -128,10 +128,10 @@ def _too_long(grid: Grid, seconds: float) -> str | None:
 
 def _check_folders(grid: Grid) -> None:
     """BenchError when some folder holds the run of another recipe, be it one that is not looked at before hours."""
-    for key, make in grid.possible_cells():
-        folder = CellFolder(grid.folder / key)
+    for cell in grid.possible_cells():
+        folder = CellFolder(grid.folder / cell.folder)
         if folder.condition in {"done", "interrupted"}:
-            check_asked(make(), folder)
+            check_asked(cell, folder)
 
 
 def _take_in(grid: Grid, records: dict[str, Record], retry: bool, running: Collection[str] = ()) -> None:

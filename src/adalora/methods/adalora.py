@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from .. import AdaLoraCallback, AdaLoraConfig, allocator, export_lora, get_peft_model, ranks
 from ..recipe import AdaLoraSection, Recipe
-from .base import Adapted, Job, Precision, Section, head_modules, load_adapter, register, whole_in_float32
+from .base import Adapted, Job, Precision, Section, head_modules, register
 from .budgeted import scale_of
+from .precision import load_adapter, whole_in_float32
 from .sizes import rank_for
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..recipe import Recipe, RecipeError
@@ -127,52 +124,6 @@ def train_only(model: PreTrainedModel, chosen: Callable[[str], bool]) -> None:
     heads = tuple(f"{name}." for name in head_modules(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(heads) or chosen(name))
-
-
-def whole_in_float32(model: PeftModel) -> bool:
-    """Make float32 of modules in half precision that are trained whole beside an adapter, the output layer above all,
-    as PEFT does with the adapter. They take inputs of the base's precision; those inside the model answer in it too.
-
-    Returns:
-        Whether any was in half precision.
-    """
-    changed = False
-    for name, wrapper in model.get_base_model().named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        for module in wrapper.modules_to_save.values():
-            given = {parameter.dtype for parameter in module.parameters()} & {torch.float16, torch.bfloat16}
-            if not given:
-                continue
-            changed = True
-            module.float().register_forward_pre_hook(_take_any_precision, with_kwargs=True)
-            if "." in name:  # not the model's own output
-                module.register_forward_hook(partial(_answer_in, given.pop()))
-    return changed
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the plain LoRA adapter in ``folder``, as stock PEFT loads it, but for modules that were trained
-    whole: they stay in float32 beside a base in half precision."""
-    loaded = PeftModel.from_pretrained(model, str(folder))
-    if whole_in_float32(loaded):
-        set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"))
-    return loaded
-
-
-def _take_any_precision(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    return _cast(args, torch.float32), {name: _cast(value, torch.float32) for name, value in kwargs.items()}
-
-
-def _answer_in(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
-    return _cast(output, dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Numbers of a tensor, or of those in a tuple, in another precision."""
-    if isinstance(value, tuple):
-        return tuple(_cast(part, dtype) for part in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:

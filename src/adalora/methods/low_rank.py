@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..hf.layers import adapted_model, lora_layers
 from ..recipe import Recipe, RecipeError
-from .base import Adapted, Job, Precision, Section, head_modules, load_adapter, register
+from .base import Adapted, Job, Precision, Section, head_modules, register
+from .precision import load_adapter
 from .saving import adapter_of, save_adapter
 from .sizes import rank_for, with_adapter
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ..hf.installation import linear_module_suffixes
 from ..recipe import Recipe, RecipeError
-from .base import get, head_modules, whole_in_float32
+from .base import get, head_modules
+from .precision import whole_in_float32
 
 Modules = str | list[str] | None
 
