@@ -236,6 +236,19 @@ def test_the_page_has_rates_costs_and_every_metric() -> None:
     assert "| lora | rank 2 | 80.00 ± 0.00 | 87.50 ± 0.00 |" in page.splitlines()
 
 
+def test_the_page_has_every_score_seed_by_seed() -> None:
+    """So that a collapse can be told from noise, which a mean does not say."""
+    collapsed = [r for r in full_records() if (r.task, r.method, r.seed) != ("mrpc", "adalora", 2)]
+    page = page_of(grid(), [*collapsed, record("mrpc", "adalora", "rank 2", 2, 0.0)])
+    of_mrpc = page[page.index("### accuracy of mrpc, seed by seed") :]
+    assert of_mrpc.splitlines()[2] == "| method | budget | seed 1 | seed 2 | seed 3 |"
+    assert line(of_mrpc, "lora", "rank 2") == "| lora | rank 2 | 80.00 | 82.00 | 84.00 |"
+    assert line(of_mrpc, "adalora", "rank 2") == "| adalora | rank 2 | 81.00 | 0.00 | 87.00 |"
+    assert line(of_mrpc, "adalora", "rank 8") == "| adalora | rank 8 | 81.00 | – | 87.00 |"
+    one = [r for r in full_records() if r.seed == 1]
+    assert "mrpc, seed by seed" not in page_of(grid(), one)
+
+
 def test_metrics_of_which_less_is_more_are_marked() -> None:
     """And have more digits while they are below 1, since they are not in points."""
     tasks = {"stsb": {"task": "regression", "data": {"train": "rows"}}}
@@ -330,7 +343,7 @@ def test_latex_is_well_formed() -> None:
     bare = re.sub(r"\\[\\&%$#_{}]", "", source)
     assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0 and "%" not in bare and "#" not in bare
     tables = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", source, re.DOTALL)
-    assert len(tables) == 2 * 2 + 1  # mrpc and cola, each with the paper's figures, and the averages
+    assert len(tables) == 3 * 2 + 1  # mrpc and cola, each by seed and with the paper's figures; the averages
     for columns, body in tables:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(lines) > 1

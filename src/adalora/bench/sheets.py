@@ -58,6 +58,7 @@ def how_to_read(found: Results) -> Iterator[str]:
 def sheets_of_task(table: Table, reference: str | None) -> Iterator[Sheet]:
     """All tables of one task."""
     yield _comparison(table, reference)
+    yield from _by_seed(table)
     if len(table.metrics) > 1:
         yield Sheet(
             f"All metrics of {table.task}",
@@ -104,6 +105,22 @@ def _comparison(table: Table, reference: str | None) -> Sheet:
         "there was one, else of its process with all libraries."
     )
     return Sheet(table.title, note if costs else f"{table.words}.", 2, columns, rows)
+
+
+def _by_seed(table: Table) -> Iterator[Sheet]:
+    """Each score for itself: a mean does not say that one run in five collapsed."""
+    seeds = sorted({seed for row in table.rows for seed in row.scores})
+    if len(seeds) > 1:
+        yield Sheet(
+            f"{table.headline} of {table.task}, seed by seed",
+            "",
+            2,
+            ["method", "budget", *(f"seed {seed}" for seed in seeds)],
+            [
+                [row.group.method, _budget(row.group.budget), *(_score(table, row.scores.get(seed)) for seed in seeds)]
+                for row in table.rows
+            ],
+        )
 
 
 def sheets_of_all(found: Results) -> Iterator[Sheet]:
@@ -181,6 +198,13 @@ def _summary(table: Table, name: str, found: Summary | None) -> str:
         return _NONE
     points, digits = table.points.get(name, 1.0), _digits(table, name)
     return f"{_number(found.mean * points, digits)} ± {_number(found.deviation * points, digits)}"
+
+
+def _score(table: Table, score: float | None) -> str:
+    """That of one run."""
+    if score is None:
+        return _NONE
+    return _number(score * table.points.get(table.headline, 1.0), _digits(table, table.headline))
 
 
 def _seeds(row: Row) -> str:
