@@ -35,6 +35,23 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "layers-3-4": "layers 3 and 4",
         "layers-5-6": "layers 5 and 6",
     },
+    "directions": {
+        "automatic-1e-3": "gain √(d/3): 11 and 23",
+        "automatic-3e-3": "gain √(d/3)",
+        "automatic-frobenius-1e-3": "gain √(d/3), `frobenius`",
+        "automatic-frobenius-3e-3": "gain √(d/3), `frobenius`",
+        "automatic-hundredth-1e-3": "gain √(d/3), γ = 0.01",
+        "root-3e-3": "gain 3.4",
+        "root-1e-2": "gain 3.4",
+        "root-frobenius-3e-3": "gain 3.4, `frobenius`",
+        "root-frobenius-1e-2": "gain 3.4, `frobenius`",
+        "root-hundredth-3e-3": "gain 3.4, γ = 0.01",
+        "one-1e-2": "gain 1",
+        "one-3e-2": "gain 1",
+        "one-frobenius-1e-2": "gain 1, `frobenius`",
+        "gaussian-1e-2": "gain 1, Gaussian start: the paper's formulas",
+        "gaussian-frobenius-1e-2": "gain 1, Gaussian start, `frobenius`: the authors' code",
+    },
     "ablations": {
         "adalora": "nothing: sensitivity × uncertainty, γ = 0.1, ΔT = 2 steps, phases 0.1 and 0.3",
         **{
