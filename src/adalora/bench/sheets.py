@@ -112,7 +112,7 @@ def _by_seed(table: Table) -> Iterator[Sheet]:
     seeds = sorted({seed for row in table.rows for seed in row.scores})
     if len(seeds) > 1:
         yield Sheet(
-            f"{table.headline} of {table.task}, seed by seed",
+            f"{table.title}, seed by seed",
             "",
             2,
             ["method", "budget", *(f"seed {seed}" for seed in seeds)],
