@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from .files import read_settings, read_tensors
+from .patterns import Chosen
 from .plain import PREFIX, Pair, PlainAdapter, without_empty
 from .plain_config import plain_config
 
@@ -189,6 +189,7 @@ def _config(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> LoraConfig
     known = {key: settings[key] for key in _CARRIED if settings.get(key) is not None}
     kept = sorted(name for name, rank in ranks.items() if rank)
     config = plain_config(LoraConfig(**{"target_modules": kept, **known}), ranks)
-    if not all(check_target_module_exists(config, name) for name in kept):
+    chosen = Chosen(config)
+    if not all(name in chosen for name in kept):
         config.target_modules, config.layers_to_transform, config.layers_pattern = kept, None, None
     return config

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..core.triplets import from_product
 from .files import ADAPTER_FILES, PRUNED, SCORES, read_settings, read_tensors, replacing, save_tensors
-from .plain_config import ONLY_AT_THE_START, including, of_pattern, plain_config, rank_owner
+from .patterns import Patterns
+from .plain_config import ONLY_AT_THE_START, including, plain_config, rank_owner
 
 PREFIX = "base_model.model."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -147,12 +149,13 @@ class PlainAdapter:
                 f"{source or 'this state dict'} holds no pair of lora_A.weight and lora_B.weight: {shown}."
             )
         pairs = {}
+        patterns = Patterns(config.rank_pattern)
         for name, found in parts.items():
             if found.keys() != {"A", "B"}:
                 missing = "AB".replace(next(iter(found)), "")
                 raise ConfigError(f"{source}: {name} has no lora_{missing}; was its writing interrupted?")
             pair = Pair(found["B"], found["A"], name in embeddings)
-            expected = of_pattern(config.rank_pattern, rank_owner(name), config.r)
+            expected = patterns.get(rank_owner(name), config.r)
             if pair.b.ndim < 2 or pair.a.ndim != pair.b.ndim or pair.b.shape[1] != pair.rank or pair.rank != expected:
                 raise ConfigError(
                     f"{source}: {name} has lora_A {list(pair.a.shape)} and lora_B {list(pair.b.shape)}, which is not a"
@@ -176,10 +179,14 @@ class PlainAdapter:
         """Triplets that are not padding."""
         return sum(int(pair.a.flatten(1).any(1).sum()) for pair in self.pairs.values())
 
+    @cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.config.alpha_pattern, "alpha_pattern")
+
     def scale(self, name: str) -> float:
         """What PEFT multiplies B A of a module by."""
         rank = self.pairs[name].rank
-        alpha: float = of_pattern(self.config.alpha_pattern, rank_owner(name), self.config.lora_alpha)
+        alpha: float = self._alphas.get(rank_owner(name), self.config.lora_alpha)
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     # -------------------------------------------------------------------------------------------------- operations

@@ -1,4 +1,4 @@
-"""The configuration of an ordinary LoRA adapter with given ranks and a scale of 1, and how PEFT reads its patterns."""
+"""The configuration of an ordinary LoRA adapter with given ranks and a scale of 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
+
+from .patterns import as_keys
 
 # They say how training begins, not what was learned.
 ONLY_AT_THE_START = {"init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
@@ -24,8 +25,8 @@ def plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
     kept = {name: rank for name, rank in ranks.items() if rank}
     r = max(kept.values(), default=1)
-    # A pattern matches any module whose name ends with it: the longer name must come first.
-    pattern = {name: kept[name] for name in sorted(kept, key=len, reverse=True)} if set(kept.values()) != {r} else {}
+    keys = as_keys(kept) if set(kept.values()) != {r} else {}
+    pattern = {key: kept[name] for name, key in keys.items()}
     values.update(dict.fromkeys(ONLY_AT_THE_START), init_lora_weights=True, loftq_config={})
     values.update(
         r=r,
@@ -58,12 +59,6 @@ def including(excluded: Any, names: Collection[str]) -> Any:
     for name in names:
         excluded = re.sub(rf"(^|\|){re.escape(re.escape(name))}(?=\||$)", "", excluded)
     return excluded.removeprefix("|") or None
-
-
-def of_pattern(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """A module's value of ``rank_pattern`` or ``alpha_pattern``, as PEFT finds it."""
-    found = pattern or {}
-    return found.get(get_pattern_key(list(found), name), otherwise)
 
 
 def rank_owner(name: str) -> str:
