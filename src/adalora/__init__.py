@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .hf.callback import AdaLoraCallback
     from .hf.config import AdaLoraConfig
     from .hf.convert import convert
+    from .hf.start import start
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     ".hf.config": ("AdaLoraConfig",),
     ".hf.callback": ("AdaLoraCallback",),
     ".hf.convert": ("convert",),
+    ".hf.start": ("start",),
     ".hf.adapters": (
         "allocator",
         "compact",
@@ -66,6 +68,7 @@ __all__ = [
     "load_state",
     "ranks",
     "save_state",
+    "start",
     "upgrade",
 ]
 

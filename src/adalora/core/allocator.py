@@ -67,6 +67,7 @@ class Allocator:
         self.manual = False  # update_and_allocate has taken over from the hook
         self.trace: list[Allocation] = []
         self.trace_file: TraceFile | None = None
+        self.started: dict[str, Any] | None = None  # what P and Q were found from, if the loss's gradient was looked at
         self._stepping = False
         self._weights_replaced = False
         self._settled = self.frozen  # nothing pruned is left in memory
@@ -147,6 +148,7 @@ class Allocator:
             "schedule": None if self.schedule is None else asdict(self.schedule),
             "importance": self.settings.metric,
             "policy": self.settings.policy,
+            **({} if self.started is None else {"start": self.started}),
         }
 
     def plan(self, total_step: int, steps_per_epoch: float | None = None) -> None:
@@ -214,6 +216,12 @@ class Allocator:
                 " callbacks=[AdaLoraCallback()], which reads it there. (Lengths in epochs need"
                 " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own; loops that call"
                 " update_and_allocate(step) after each optimizer step may give tfinal in steps instead.)"
+            )
+        if self.settings.gradient_start and self.started is None and self.step == 0:
+            raise StateError(
+                "this adapter's P and Q are to start from the loss's gradient, which nobody has looked at yet: call"
+                " adalora.start(model, batches) before the first step (AdaLoraCallback does under a Trainer), or make"
+                " the adapter with initialization='orthonormal'."
             )
         self._stepping = True
         importance = not again and self.settings.sensitivity_at == "before_step" and self._ranks_again
@@ -309,6 +317,7 @@ class Allocator:
             "manual": self.manual,
             "metric": self.settings.metric,
             "initial_ranks": list(self.initial_ranks),
+            "started": self.started,
             "schedule": None if self.schedule is None else asdict(self.schedule),
             "tensors": to_tensors(self.triplets, self.mask, self._last_scores, self._scoring.averages()),
         }
@@ -326,6 +335,7 @@ class Allocator:
             t.assign(factors_of(tensors, t.name))
         self.step, self.frozen, self.manual = state["step"], state["frozen"], state["manual"]
         self.initial_ranks = list(state["initial_ranks"])
+        self.started = state.get("started")  # states of 0.1 had no such start
         if state["schedule"] is not None:
             self.schedule = Schedule(**state["schedule"])
         self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]

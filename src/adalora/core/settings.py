@@ -34,6 +34,7 @@ class Settings:
     orthogonality: Orthogonality = "squared"
     sensitivity_at: Literal["before_step", "after_step"] = "before_step"
     compact: bool = True
+    gradient_start: bool = False  # P and Q wait for the loss's gradient before the first step
 
     def __post_init__(self) -> None:
         for name, value, known in (

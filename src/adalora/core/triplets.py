@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from .errors import ConfigError
 from .sharded import like
 
-Initialization = Literal["orthonormal", "gaussian"]
+Initialization = Literal["orthonormal", "gaussian", "gradient"]
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
 TRIPLET_DIMS = (1, 0, 0)  # of P, Λ and Q: the dimension that counts triplets
 GAUSSIAN_STD = 0.02  # the authors' initial standard deviation of P and Q
@@ -170,9 +170,14 @@ class Triplets:
 
     @torch.no_grad()
     def reset(self, initialization: Initialization = "orthonormal") -> None:
-        """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02)."""
+        """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02).
+
+        ``gradient`` is orthonormal until :mod:`adalora.core.start` has looked at the loss.
+        """
         if initialization not in INITIALIZATIONS:
-            raise ConfigError(f"initialization={initialization!r} is not known; use 'orthonormal' or 'gaussian'.")
+            raise ConfigError(
+                f"initialization={initialization!r} is not known; choose one of {sorted(INITIALIZATIONS)}."
+            )
         self.lam.zero_()
         for vectors in (self.p, self.q):
             if initialization == "gaussian":

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..core.errors import StateError
 from ..core.trace import TraceFile
 from .adapters import STATE_NAME, allocator, load_state, save_state
+from .start import start_under, trainer_of
 
 UNSEEN_STEPS = 20  # a loss scaler may skip the first few
 
@@ -58,6 +59,8 @@ class AdaLoraCallback(TrainerCallback):
                 f" the schedule is laid out over {state.max_steps}. Leave total_step out when you use AdaLoraCallback.",
                 stacklevel=2,
             )
+        if ours.settings.gradient_start and ours.started is None and ours.step == 0:
+            self._start(model)
         ours.plan(state.max_steps, _steps_per_epoch(args, state, kwargs.get("train_dataloader")))
         if self.trace_path is not None and state.is_world_process_zero:
             ours.trace_file = TraceFile(self.trace_path)
@@ -115,6 +118,15 @@ class AdaLoraCallback(TrainerCallback):
                 " budget, train without load_best_model_at_end, or evaluate in the final phase alone.",
                 stacklevel=2,
             )
+
+    def _start(self, model: nn.Module) -> None:
+        trainer = trainer_of(self)
+        if trainer is None:
+            raise StateError(
+                "initialization='gradient' looks at training batches before the first step, and no Trainer that calls this"
+                " callback can be found: call adalora.start(model, batches) before training."
+            )
+        start_under(trainer, model, self.adapter_name)
 
     def _resume(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         given = (self.resume_from, args.resume_from_checkpoint)

@@ -13,6 +13,7 @@ from ..core.errors import ConfigError
 from ..core.orthogonality import Orthogonality
 from ..core.schedule import Span
 from ..core.settings import Settings
+from ..core.start import BATCHES, SWEEPS
 from ..core.triplets import INITIALIZATIONS, Initialization, automatic_gain
 from .plain_config import plain_config
 
@@ -50,7 +51,10 @@ class AdaLoraConfig(LoraConfig):
         policy: ``global_topk`` ranks all matrices together; ``uniform`` gives each the same.
         schedule: ``cubic``, ``linear`` or ``constant``.
         orthogonality: ``squared`` (paper) or ``frobenius`` (mean of plain norms: the authors' code and PEFT).
-        initialization: of P and Q, ``orthonormal`` or ``gaussian`` (paper, standard deviation 0.02).
+        initialization: of P and Q: ``orthonormal``, ``gaussian`` (paper, standard deviation 0.02), or ``gradient``, the
+            largest singular triplets of the loss's gradient on a few training batches (see ``adalora.start``).
+        start_batches: training batches that ``gradient`` looks at, in each process.
+        start_sweeps: how often it goes through them; an even number.
         singular_gain: constant ρ in W = W0 + s·ρ·P Λ Q; ``"auto"`` is √(d_out / 3), 1.0 the paper.
         sensitivity_at: weights at which sensitivity is taken: ``before_step`` (paper) or ``after_step`` (their code).
         compact: slice pruned triplets away when the final phase begins (False: only in what is saved).
@@ -76,6 +80,8 @@ class AdaLoraConfig(LoraConfig):
     schedule: str = field(default="cubic", metadata={"help": "Curve from the initial to the target budget."})
     orthogonality: Orthogonality = field(default="squared", metadata={"help": "Form of the regulariser."})
     initialization: Initialization = field(default="orthonormal", metadata={"help": "Initial P and Q."})
+    start_batches: int = field(default=BATCHES, metadata={"help": "Batches that a gradient start looks at."})
+    start_sweeps: int = field(default=SWEEPS, metadata={"help": "How often it goes through them."})
     singular_gain: float | Literal["auto"] = field(default="auto", metadata={"help": "Constant gain of the update."})
     sensitivity_at: Literal["before_step", "after_step"] = field(
         default="before_step", metadata={"help": "Weights at which sensitivity is taken."}
@@ -131,6 +137,15 @@ class AdaLoraConfig(LoraConfig):
         self.r = self.init_r  # the rank PEFT builds the layers with
         if self.initialization not in INITIALIZATIONS:
             raise ConfigError(f"initialization={self.initialization!r}: choose one of {sorted(INITIALIZATIONS)}.")
+        for name, step, least in (("start_batches", 1, 1), ("start_sweeps", 2, 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least or value % step:
+                raise ConfigError(f"{name}={value!r} must be a whole number{', even' * (step == 2)}, at least {least}.")
+        if self.initialization == "gradient" and self.init_lora_weights is not True:
+            raise ConfigError(
+                f"initialization='gradient' beside init_lora_weights={self.init_lora_weights!r}: both say where P and Q"
+                " start. Leave one out."
+            )
         if self.singular_gain != "auto" and not (
             isinstance(self.singular_gain, (int, float)) and 0 < self.singular_gain < math.inf
         ):
@@ -169,6 +184,7 @@ class AdaLoraConfig(LoraConfig):
             orthogonality=self.orthogonality,
             sensitivity_at=self.sensitivity_at,
             compact=self.compact,
+            gradient_start=self.initialization == "gradient",
         )
 
     def gain(self, d_out: int) -> float:

@@ -22,17 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from ..core.fused import adapted_linear, add_update, computed_in
 from ..core.triplets import SingularProjection
 
-_NOT_LINEAR = (MultiheadAttention, ParamWrapper, LoraParallelLinear)
+NOT_LINEAR = (MultiheadAttention, ParamWrapper, LoraParallelLinear)
 
 
 def fuse(layer: LoraLayer) -> bool:
     """Let a layer use the fused product, if it is linear; whether it is."""
     kind = type(layer)
-    if (
-        issubclass(kind, _NOT_LINEAR)
-        or not layer.lora_B
-        or any(type(b) is not nn.Linear for b in layer.lora_B.values())
-    ):
+    if issubclass(kind, NOT_LINEAR) or not layer.lora_B or any(type(b) is not nn.Linear for b in layer.lora_B.values()):
         return False
     if not issubclass(kind, _FusedLayer):
         layer.__class__ = _fused(kind)
