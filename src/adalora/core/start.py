@@ -35,7 +35,7 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 
 
 class Directions(NamedTuple):
-    """The largest singular triplets of one matrix's gradient G, of the mean loss of the batches, in descending order."""
+    """The largest singular triplets of one matrix's gradient G, of the batches' mean loss, in descending order."""
 
     left: Tensor  # [d_out, k], orthonormal columns
     values: Tensor  # σ, [k]
@@ -57,7 +57,7 @@ class Sketch:
         right_shape: of one row of Q: [d_in], or [in, *kernel] of a convolution.
         rank: triplets wanted.
         apply: (x, Q) -> Q x, as the layer does it.
-        triplet_dim: where its result counts triplets, and the layer's own output counts outputs: -1, of a convolution 1.
+        triplet_dim: where its result counts triplets, and the layer's output counts outputs: -1; of a convolution 1.
         is_linear: ``apply`` is x Qᵀ, whose transpose is known.
     """
 

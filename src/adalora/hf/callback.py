@@ -123,8 +123,8 @@ class AdaLoraCallback(TrainerCallback):
         trainer = trainer_of(self)
         if trainer is None:
             raise StateError(
-                "initialization='gradient' looks at training batches before the first step, and no Trainer that calls this"
-                " callback can be found: call adalora.start(model, batches) before training."
+                "initialization='gradient' looks at training batches before the first step, and no Trainer that calls"
+                " this callback can be found: call adalora.start(model, batches) before training."
             )
         start_under(trainer, model, self.adapter_name)
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from transformers import Trainer, TrainerCallback
 
-from ..core.allocator import Allocator
 from ..core.errors import StateError
-from ..core.sharded import is_sharded, like
+from ..core.sharded import is_sharded, like, whole
 from ..core.start import SWEEPS, Directions, Look, Sketch, find_directions
+from .adapters import allocator
 from .kernels import NOT_LINEAR
-from .layers import CONVOLUTIONS, adapted_layers, projection
+from .layers import CONVOLUTIONS, adapted_layers, adapter_names, projection
 
 Loss = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # label of a token that has no loss
@@ -86,7 +86,7 @@ def look_at_gradient(
                     f"the loss of a batch is {float(value.detach()):.3g} before the first step, so there is no gradient"
                     " to start from. Look at the batch and the loss; the model is as it was."
                 )
-            (value * scale).backward()
+            (value * scale).backward()  # type: ignore[no-untyped-call]
             count += 1
         if not count:
             raise StateError("none of the batches has a label that counts, so there is no gradient to start from.")
@@ -133,11 +133,9 @@ def start(
     Raises:
         StateError: training has begun already, no batch has a loss, or one is not finite; the model is as it was.
     """
-    from .adapters import allocator
-
     ours = allocator(model, adapter_name)
-    name = _name_of(model, ours)
-    config = model.peft_config[name]  # type: ignore[index, union-attr]
+    name = adapter_name or adapter_names(model)[0]
+    config: Any = model.peft_config[name]  # type: ignore[index]
     if ours.step or any(bool(t.lam.any()) for t in ours.triplets):
         raise StateError(
             "adalora.start comes before the first optimizer step: this adapter has been trained already, and its"
@@ -155,7 +153,7 @@ def start(
         k = len(found.values)
         with torch.no_grad():
             for parameter, vectors, dim in ((p, -found.left, 1), (q, found.right, 0)):  # a positive λ lowers the loss
-                values = parameter.full_tensor() if is_sharded(parameter) else parameter.detach().clone()  # type: ignore[operator]
+                values = whole(parameter).detach().clone()
                 values.narrow(dim, 0, k).copy_(vectors.reshape(values.narrow(dim, 0, k).shape))
                 parameter.copy_(like(parameter, values))
     if seen.without:
@@ -176,20 +174,19 @@ def start(
 
 
 def start_under(trainer: Trainer, model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
-    """:func:`start` on a Trainer's own training batches, with its own loss; which rows it trains on, and in which order,
-    stays as it was.
+    """:func:`start` on a Trainer's own training batches, with its own loss. Which rows it will train on, and in which
+    order, stays as it was.
 
     Raises:
         StateError: as :func:`start`.
     """
-    of_steps = getattr(trainer, "_metrics", None)  # TRL's trainers log what they see of every batch
-    of_steps = copy.deepcopy(of_steps)
+    seen_so_far = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's trainers log what they see of every batch
     prepared = list(trainer.accelerator._dataloaders)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
-            found: Any = trainer.compute_loss(model, trainer._prepare_inputs(copy.copy(batch)))
-        return found[0] if isinstance(found, tuple) else found
+            found: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(copy.copy(batch)))  # type: ignore[assignment]
+        return found
 
     with _random_states(list(model.parameters())):
         loader: Any = trainer.get_train_dataloader()
@@ -199,8 +196,8 @@ def start_under(trainer: Trainer, model: nn.Module, adapter_name: str | None = N
             trainer.accelerator._dataloaders[:] = prepared
             if hasattr(loader, "end"):  # Accelerate counts a loader as being gone through until it ends
                 loader.end()
-            if of_steps is not None:
-                trainer._metrics = of_steps
+            if seen_so_far is not None:
+                vars(trainer)["_metrics"] = seen_so_far
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:
@@ -267,7 +264,7 @@ def _hooks(layers: Mapping[str, LoraLayer], sketches: Mapping[str, Sketch], anch
 
 @contextmanager
 def _standing_still(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients of parameters; modes, gradients and random states come back as they were."""
+    """Without dropout, and without gradients of parameters. Modes, gradients, random states come back as they were."""
     modules = [(module, module.training) for module in model.modules()]
     dropped: list[tuple[nn.Module, str, Any]] = []
     parameters = list(model.parameters())
@@ -341,16 +338,6 @@ def _rows(batch: Any) -> int:
     """Of a batch: the length of the first thing in it that has one."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     return next((len(v) for v in values if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.ndim)), 1)
-
-
-def _name_of(model: nn.Module, ours: Allocator) -> str:
-    from .adapters import adapter_names
-
-    return next(
-        name
-        for name in adapter_names(model)
-        if any(projection(layer, name).allocator is ours for _, layer in adapted_layers(model, name))
-    )
 
 
 def _rounded(values: Tensor) -> list[float]:
