@@ -143,6 +143,7 @@ PUBLIC = [
     "load_state",
     "ranks",
     "save_state",
+    "start",
     "upgrade",
 ]
 

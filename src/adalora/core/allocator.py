@@ -67,7 +67,7 @@ class Allocator:
         self.manual = False  # update_and_allocate has taken over from the hook
         self.trace: list[Allocation] = []
         self.trace_file: TraceFile | None = None
-        self.started: dict[str, Any] | None = None  # what P and Q were found from, if the loss's gradient was looked at
+        self.started: dict[str, Any] = {}  # what P and Q were found from, if the loss's gradient was looked at
         self._stepping = False
         self._weights_replaced = False
         self._settled = self.frozen  # nothing pruned is left in memory
@@ -148,7 +148,7 @@ class Allocator:
             "schedule": None if self.schedule is None else asdict(self.schedule),
             "importance": self.settings.metric,
             "policy": self.settings.policy,
-            **({} if self.started is None else {"start": self.started}),
+            **({"start": self.started} if self.started else {}),
         }
 
     def plan(self, total_step: int, steps_per_epoch: float | None = None) -> None:
@@ -217,7 +217,7 @@ class Allocator:
                 " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own; loops that call"
                 " update_and_allocate(step) after each optimizer step may give tfinal in steps instead.)"
             )
-        if self.settings.gradient_start and self.started is None and self.step == 0:
+        if self.settings.gradient_start and not self.started and self.step == 0:
             raise StateError(
                 "this adapter's P and Q are to start from the loss's gradient, which nobody has looked at yet: call"
                 " adalora.start(model, batches) before the first step (AdaLoraCallback does under a Trainer), or make"
@@ -335,7 +335,7 @@ class Allocator:
             t.assign(factors_of(tensors, t.name))
         self.step, self.frozen, self.manual = state["step"], state["frozen"], state["manual"]
         self.initial_ranks = list(state["initial_ranks"])
-        self.started = state.get("started")  # states of 0.1 had no such start
+        self.started = state.get("started", {})  # states of 0.1 had no such start
         if state["schedule"] is not None:
             self.schedule = Schedule(**state["schedule"])
         self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]
