@@ -68,7 +68,9 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "train_rows": {"source": data.train, "count": len(prepared.train)},
         "eval_rows": {
             "source": data.eval or data.train,
-            "split": None if data.eval else data.eval_split,
+            "split": None if data.eval or data.holdout else data.eval_split,
+            "holdout": data.holdout,
+            "together": _together(prepared) if data.holdout else None,
             "count": len(prepared.evaluation),
         },
         "baseline": {"answer": prepared.baseline[0], "metrics": prepared.baseline[1]} if prepared.baseline else None,
@@ -118,12 +120,23 @@ def announce(out: Console, prepared: Prepared) -> None:
 def _rows(facts: Mapping[str, Any]) -> str:
     train, held_out = facts["train_rows"], facts["eval_rows"]
     source = f"split {held_out['split']}" if held_out["split"] else held_out["source"]
-    rows = f"{train['count']:,} training rows of {train['source']}\n{held_out['count']:,} held-out rows of {source}"
+    held = f"{held_out['count']:,} held-out rows of {source}"
+    if held_out["holdout"]:
+        same = " or ".join(held_out["together"])
+        held += f", the same for every seed, none with the {same} of a training row"
+    rows = f"{train['count']:,} training rows of {train['source']}\n{held}"
     if facts["baseline"] is not None:
         metrics = facts["baseline"]["metrics"]
         headline = next((name for name, value in metrics.items() if math.isfinite(value)), "")
         rows += f"\nTo beat: {facts['baseline']['answer']}, {headline} {number(metrics.get(headline))}"
     return rows
+
+
+def _together(prepared: Prepared) -> list[str]:
+    """What is never the same of a held-out row and a training row."""
+    data, columns = prepared.recipe.data, prepared.evaluation.column_names
+    read = [column for column in (data.text, data.text_pair) if column and column in columns]
+    return data.holdout_by or [" and ".join(read or columns)]
 
 
 def _method(prepared: Prepared) -> str:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArgume
 
 from . import methods, reporters, tasks
 from .core.schedule import Schedule
-from .data import DataError, digest, has_splits, read_rows, sample
+from .data import DataError, Split, digest, has_splits, hold_out, read_rows, sample
 from .methods import Adapted, Job, Method, head_modules
 from .methods.sizes import parse_budget
 from .pretrained import Form, form_of, load_model, load_tokenizer, longest
 from .recipe import METHOD_SECTIONS, DataSection, Facts, Recipe, RecipeError, differences, validated
 from .runs import Mode, RunError, RunFolder
-from .tasks import StartsOutput, Task
+from .tasks import StartsOutput, Stratified, Task
+from .tasks.base import check_columns
 
 _PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
 
@@ -131,6 +132,8 @@ def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, 
     """
     data = recipe.data
     place = source or data.eval or data.train
+    if data.holdout is not None and source is None and split is None:
+        return sample(_divided(recipe, task).held_out, data.max_eval_rows)
     if split is not None:
         _check_holds(place, split)
     elif source is None:
@@ -138,6 +141,37 @@ def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, 
     rows = read_rows(place, split or data.eval_split, data.config)
     task.check(rows, place)
     return sample(rows, data.max_eval_rows) if source is None else rows
+
+
+def _training_rows(recipe: Recipe, task: Task) -> Dataset:
+    """All rows to train on. They are all checked, so that a fault is in the row that it names."""
+    data = recipe.data
+    if data.holdout is not None:
+        return _divided(recipe, task).train
+    if data.eval is None and not has_splits(data.train):
+        raise DataError(
+            f"{data.train} holds no splits: hold some of its rows out, data.holdout (--holdout 0.1), or give the "
+            "held-out rows in another, data.eval (--eval)"
+        )
+    return _checked(recipe, task)
+
+
+def _checked(recipe: Recipe, task: Task) -> Dataset:
+    data = recipe.data
+    _check_split(data.train, data, "train_split")
+    rows = read_rows(data.train, data.train_split, data.config)
+    task.check(rows, data.train)
+    return rows
+
+
+def _divided(recipe: Recipe, task: Task) -> Split:
+    """The rows of the training source, all of them checked, in those to train on and those held out."""
+    data, rows = recipe.data, _checked(recipe, task)
+    assert data.holdout is not None
+    check_columns(rows, data.holdout_by or [], f"data.holdout_by: {data.train}")
+    read = [column for column in (data.text, data.text_pair) if column and column in rows.column_names]
+    together = [[column] for column in data.holdout_by or ()] or [read or rows.column_names]
+    return hold_out(rows, data.holdout, together, task.strata(rows) if isinstance(task, Stratified) else None)
 
 
 def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
@@ -153,12 +187,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     if data.max_length is None:
         data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
     task = task_of(recipe)
-    _check_split(data.train, data, "train_split")
-    train_rows = read_rows(data.train, data.train_split, data.config)
-    if data.eval is None and not has_splits(data.train):
-        raise DataError(f"{data.train} holds no splits: give the held-out rows in another, data.eval (--eval)")
-    task.check(train_rows, data.train)  # all of them, so that a fault is in the row that it names
-    train_rows = sample(train_rows, data.max_train_rows)
+    train_rows = sample(_training_rows(recipe, task), data.max_train_rows)
     task = task.fit(train_rows)
     eval_rows = read_evaluation_rows(recipe, task)
     baseline = task.baseline(eval_rows)

@@ -48,11 +48,20 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _check_share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("should be a whole number of rows, or a share of all rows below 1")
+    return int(value) if value >= 1 else value
+
+
 Steps = Annotated[int | float | str, BeforeValidator(_check_steps)]
 """Steps (int), a fraction of all steps (float below 1), or ``"2 epochs"``."""
 
 Interval = Annotated[float, Field(ge=0), AfterValidator(_check_fraction_or_count)]
 """Steps (1 or more), or a fraction of all steps (below 1)."""
+
+Rows = Annotated[float, Field(gt=0), AfterValidator(_check_share_or_count)]
+"""Rows (1 or more), or a share of all rows (below 1)."""
 
 
 class _Section(BaseModel):
@@ -68,6 +77,16 @@ class DataSection(_Section):
         f"{DEMO_REVIEWS}. `${{VARIABLES}}` of the environment are filled in."
     )
     eval: str | None = Field(None, description="Held-out rows, as `train`. Default: another split of `train`.")
+    holdout: Rows | None = Field(
+        None,
+        description="Instead of `eval`: hold so many of the training rows out, or such a share of them (0.1). The same "
+        "rows for every seed; classes in proportion; rows that the model could not tell apart stay together.",
+    )
+    holdout_by: Annotated[list[str] | None, BeforeValidator(_as_list)] = Field(
+        None,
+        description="With `holdout`: instead, rows that share a value in one of these columns (a document, a premise, "
+        "a user) stay together.",
+    )
     config: str | None = Field(
         None, description="Configuration of a hub data set (sst2 of glue), or a folder inside a local one."
     )
@@ -83,6 +102,17 @@ class DataSection(_Section):
     max_length: int | None = Field(None, ge=4, description="Tokens kept of each row. Default: the task's.")
     max_train_rows: int | None = Field(None, ge=1, description="Train on a fixed random sample of so many rows.")
     max_eval_rows: int | None = Field(None, ge=1, description="Evaluate on a fixed random sample of so many rows.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.holdout is None and self.holdout_by is not None:
+            raise ValueError("holdout_by says what stays together when rows are held out: give holdout, too")
+        if self.holdout is not None and (self.eval is not None or self.eval_split != "validation"):
+            given = "eval" if self.eval is not None else "eval_split"
+            raise ValueError(f"holdout takes the held-out rows from the training rows: give it or {given}, not both")
+        if self.holdout_by is not None and not self.holdout_by:
+            raise ValueError("holdout_by names no column: leave it out, or name one")
+        return self
 
 
 class AdaLoraSection(_Section):

@@ -27,6 +27,8 @@ _FLAGS = [
     _Flag("budget", str, ("--budget",), "Adapter parameters to end with, or as `rank 8`."),
     _Flag("data.train", str, ("--train",), "Training rows: file, folder or hub name."),
     _Flag("data.eval", str, ("--eval",), "Held-out rows, as --train."),
+    _Flag("data.holdout", float, ("--holdout",), "Or: training rows to hold out, or a share, 0.1."),
+    _Flag("data.holdout_by", str, ("--holdout-by",), "Column whose equal rows stay together then."),
     _Flag("data.text", str, ("--text",), "Column with the text."),
     _Flag("data.text_pair", str, ("--text-pair",), "Column with the second text."),
     _Flag("data.label", str, ("--label",), "Column with the class or number."),

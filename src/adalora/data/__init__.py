@@ -18,9 +18,20 @@ from ..recipe import DEMO_REVIEWS
 from .errors import DataError
 from .files import READERS, innermost, read_file, read_lines
 from .folders import is_one_table, pick_split, read_folder
+from .holdout import Split, hold_out
 from .reviews import demo_reviews
 
-__all__ = ["DataError", "demo_reviews", "digest", "has_splits", "read_lines", "read_rows", "sample"]
+__all__ = [
+    "DataError",
+    "Split",
+    "demo_reviews",
+    "digest",
+    "has_splits",
+    "hold_out",
+    "read_lines",
+    "read_rows",
+    "sample",
+]
 
 
 def read_rows(source: str, split: str, config: str | None = None) -> Dataset:

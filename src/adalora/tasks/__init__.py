@@ -5,9 +5,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import Answer, Columns, ModelKind, Options, Setup, Signed, StartsOutput, Task, get, names
+from .base import Answer, Columns, ModelKind, Options, Setup, Signed, StartsOutput, Stratified, Task, get, names
 
-__all__ = ["Answer", "Columns", "ModelKind", "Options", "Setup", "Signed", "StartsOutput", "Task", "get", "names"]
+__all__ = [
+    "Answer",
+    "Columns",
+    "ModelKind",
+    "Options",
+    "Setup",
+    "Signed",
+    "StartsOutput",
+    "Stratified",
+    "Task",
+    "get",
+    "names",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -137,6 +137,15 @@ class StartsOutput(Protocol):
         ...
 
 
+@runtime_checkable
+class Stratified(Protocol):
+    """A task that divides rows into classes, which both sides should have when some are held out."""
+
+    def strata(self, rows: Dataset) -> list[str]:
+        """The class of each row. DataError where it has none."""
+        ...
+
+
 _REGISTRY: dict[str, type[Task]] = {}
 _T = TypeVar("_T")
 

@@ -53,6 +53,10 @@ class Classification(WholeText):
             raise DataError(f"column {column!r} holds {listed(outside)}, not among data.label_names: {names}")
         return task
 
+    def strata(self, rows: Dataset) -> list[str]:
+        """The class of each row, of any source."""
+        return _as_names(rows, self.setup.columns.label)
+
     def head(self) -> dict[str, Any]:
         """One output for each class."""
         return {
