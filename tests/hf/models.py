@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -70,6 +72,22 @@ def llama() -> nn.Module:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
+        )
+    )
+
+
+def mixtral() -> nn.Module:
+    """A mixture of experts, whose weights Transformers keeps fused."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
         )
     )
 

@@ -83,6 +83,12 @@ def upgrade(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> Alloc
             f"{adapter_name!r} is a {type(present).__name__}; LoRA adapters alone can be upgraded"
             " (a checkpoint of PEFT's AdaLoRA: adalora.convert makes a LoRA adapter of it)."
         )
+    if present.target_parameters:
+        raise ConfigError(
+            f"{adapter_name!r} adapts {', '.join(sorted(present.target_parameters))}: the factors of all experts lie in"
+            " one pair of matrices, whose ranks cannot differ, so it stays plain LoRA. A new AdaLoRA adapter can take"
+            " the modules beside them (target_modules)."
+        )
     inner = adapted_model(model)
     if not any(is_trained(layer, adapter_name) for _, layer in lora_layers(inner, adapter_name)):
         raise StateError(

@@ -150,6 +150,18 @@ class AdaLoraConfig(LoraConfig):
             isinstance(self.singular_gain, (int, float)) and 0 < self.singular_gain < math.inf
         ):
             raise ConfigError(f"singular_gain={self.singular_gain!r} must be a positive number or 'auto'.")
+        self.check_kind()
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel={self.kernel!r} is not known; choose one of {sorted(KERNELS)}.")
+        settings = self.settings()  # checks the rest
+        if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
+            settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._exported: LoraConfig | None = None
+
+    def check_kind(self) -> None:
+        """ConfigError where PEFT is asked for another kind of adapter: also when layers are made, since fields can be
+        set at any time."""
         for name, why in NOT_WITH_ADALORA.items():
             if getattr(self, name):
                 raise ConfigError(f"{name} does not go with AdaLoRA: {why} Leave it out, or use peft.LoraConfig.")
@@ -158,13 +170,6 @@ class AdaLoraConfig(LoraConfig):
                 "init_lora_weights='mica' does not go with AdaLoRA: it trains one factor alone. Leave it out, or use"
                 " peft.LoraConfig."
             )
-        if self.kernel not in KERNELS:
-            raise ConfigError(f"kernel={self.kernel!r} is not known; choose one of {sorted(KERNELS)}.")
-        settings = self.settings()  # checks the rest
-        if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
-            settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        self._exported: LoraConfig | None = None
 
     def settings(self) -> Settings:
         """What the allocator is asked to do."""

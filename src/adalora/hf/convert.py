@@ -93,16 +93,21 @@ def read_peft_adalora(source: str | os.PathLike[str], base_model: nn.Module | No
 def _sorted(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(A, B, E of each module, everything else), without the adapter's name."""
     triplets: dict[str, dict[str, Tensor]] = {}
-    rest, adapters = {}, set()
+    rest: dict[str, Tensor] = {}
+    adapters = set()
     for key, value in tensors.items():
         key = key.removeprefix(PREFIX)
+        here, part = rest, key
         if match := _TRIPLET_KEY.fullmatch(key):
-            triplets.setdefault(match["name"], {})[match["part"]] = value
+            here, part = triplets.setdefault(match["name"], {}), match["part"]
             adapters |= {match["adapter"]} if match["part"] != "ranknum" else set()
         elif match := _SAVED_KEY.fullmatch(key):
-            rest[f"{match['name']}.{match['rest']}"] = value
-        elif ".original_module." not in key:
-            rest[key] = value
+            part = f"{match['name']}.{match['rest']}"
+        elif ".original_module." in key:
+            continue
+        if part in here and len(adapters) < 2:
+            raise ConfigError(f"{path} holds {key} twice: one of two layers would be lost.")
+        here[part] = value
     if not triplets:
         shown = ", ".join(sorted(tensors)[:2]) or "nothing"
         raise ConfigError(f"{path} says ADALORA, but its weights hold no lora_A, lora_E and lora_B: {shown}.")

@@ -15,7 +15,6 @@ and they gain ``update_and_allocate(step)``, for loops written for PEFT's AdaLoR
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,20 +27,19 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
 from .config import AdaLoraConfig
-from .layers import adapted_layers, adapted_model, adapter_names, downgrade_layer, projection, upgrade_layers
+from .injected import check_injected, linear_module_suffixes, not_adapted_after_all
+from .layers import (
+    adapted_layers,
+    adapted_model,
+    adapter_names,
+    downgrade_layer,
+    projection,
+    remove_layers,
+    upgrade_layers,
+)
 from .state_dicts import fold, unfold
 
 ADDS_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # ways of weighting B and A apart
-
-
-def linear_module_suffixes(model: nn.Module) -> list[str]:
-    """The names that target_modules could give: last parts of all linear modules, without the numbered ones."""
-    suffixes = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    return sorted(suffix for suffix in suffixes if suffix and not re.fullmatch(r"\d+", suffix))
 
 
 def _unequal_ranks(model: Any, adapters: list[str]) -> list[str]:
@@ -75,22 +73,31 @@ def install() -> None:
                 inject(self, model, adapter_name, *args, **kwargs)
                 return
             wanted = config.target_modules
+            check_injected(model, config)
+            trained = [(weight, weight.requires_grad) for weight in model.parameters()]
             try:
                 inject(self, model, adapter_name, *args, **kwargs)
+                tied: Any = getattr(config, "target_modules_to_tie", None)
+                if tied:
+                    raise ConfigError(
+                        f"ensure_weight_tying would make {', '.join(tied)} share the factors of the"
+                        " embedding, and both would be pruned: adapt one of the two, with ensure_weight_tying=False."
+                    )
+                upgrade_layers(model, adapter_name, config, keep_vectors=config.init_lora_weights == "eva")
             except NoMatchingPeftModuleError as error:
+                not_adapted_after_all(model)
                 raise ConfigError(
                     f"target_modules={wanted!r} matches nothing in {type(model).__name__}"
                     + (f" (exclude_modules={config.exclude_modules!r})" if config.exclude_modules else "")
                     + f". It has linear modules called {', '.join(linear_module_suffixes(model)) or '(none)'};"
                     " 'all-linear' takes them all."
                 ) from error
-            tied: Any = getattr(config, "target_modules_to_tie", None)
-            if tied:
-                raise ConfigError(
-                    f"ensure_weight_tying would make {', '.join(tied)} share the factors of the"
-                    " embedding, and both would be pruned: adapt one of the two, with ensure_weight_tying=False."
-                )
-            upgrade_layers(model, adapter_name, config, keep_vectors=config.init_lora_weights == "eva")
+            except ConfigError:
+                remove_layers(model, adapter_name)
+                for weight, requires_grad in trained:
+                    weight.requires_grad_(requires_grad)
+                not_adapted_after_all(model)
+                raise
 
         return inject_adapter
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
@@ -204,6 +204,8 @@ def upgrade_layers(model: nn.Module, adapter_name: str, config: AdaLoraConfig, *
 
 def _kind(layer: LoraLayer) -> str:
     base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return f"{layer.parameter_name} of {type(base).__name__}"
     unusual = [f"{name}={getattr(base, name)}" for name in _UNUSUAL if _is_unusual(getattr(base, name, 1))]
     return type(base).__name__ + (f" with {', '.join(unusual)}" if unusual else "")
 
@@ -213,6 +215,8 @@ def _is_unusual(value: int | tuple[int, ...]) -> bool:
 
 
 def _is_upgradable(layer: LoraLayer, adapter_name: str) -> bool:
+    if isinstance(layer, ParamWrapper):  # of fused experts, all in one pair
+        return False
     if adapter_name in layer.lora_embedding_A:
         return isinstance(layer.lora_embedding_A[adapter_name], nn.Parameter)
     kind, base = type(layer.lora_A[adapter_name]), layer.get_base_layer()
@@ -276,6 +280,16 @@ def downgrade_layer(layer: LoraLayer, adapter_name: str) -> None:
         plain = nn.Linear(triplets.q.shape[1], triplets.rank, bias=False)
         plain.weight = triplets.q
         layer.lora_A[adapter_name] = plain
+
+
+def remove_layers(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model again, and out of the way what it alone had wrapped."""
+    for name, layer in list(lora_layers(model, adapter_name)):
+        assert isinstance(layer, nn.Module)
+        layer.delete_adapter(adapter_name)
+        if not layer.lora_A and not layer.lora_embedding_A:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.base_layer)
 
 
 def triplets_of(layer: LoraLayer, adapter_name: str) -> Triplets:

@@ -134,15 +134,17 @@ class PlainAdapter:
     ) -> PlainAdapter:
         """Sort a LoRA state dict, with keys as in a file, into pairs and the rest."""
         parts: dict[str, dict[str, Tensor]] = {}
-        rest, embeddings = {}, set()
+        rest: dict[str, Tensor] = {}
+        embeddings: set[str] = set()
         for key, value in tensors.items():
             key = key.removeprefix(PREFIX)
             match = _PAIR_KEY.fullmatch(key)
-            if match and bool(match["embedding"]) != bool(match["weight"]):
-                parts.setdefault(match["name"], {})[match["part"]] = value
-                embeddings |= {match["name"]} if match["embedding"] else set()
-            else:
-                rest[key] = value
+            is_pair = match is not None and bool(match["embedding"]) != bool(match["weight"])
+            here, part = (parts.setdefault(match["name"], {}), match["part"]) if match and is_pair else (rest, key)
+            if part in here:
+                raise ConfigError(f"{source or 'this state dict'} holds {key} twice: one of two layers would be lost.")
+            here[part] = value
+            embeddings |= {match["name"]} if match and is_pair and match["embedding"] else set()
         if not parts:
             shown = ", ".join(sorted(tensors)[:2]) or "nothing"
             raise ConfigError(

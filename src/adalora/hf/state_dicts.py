@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
+from ..core.errors import StateError
 from ..core.triplets import Factors, Triplets, from_rows, to_product
 from .config import AdaLoraConfig
 from .layers import Keys, adapted_layers, padded, projection, triplets_of
@@ -53,6 +54,11 @@ def fold(
                 F.pad(q.flatten(1)[live[name]], (0, 0, 0, zeros)),
             )
             b, a = to_product(kept, layer.scaling[adapter_name] * projection(layer, adapter_name).gain)
+            if saved.a in folded:
+                raise StateError(
+                    f"two layers of {adapter_name!r} would be saved under one name, {_alone(name)}, and one of them be"
+                    " lost: PEFT has wrapped one within the other."
+                )
             folded[saved.b] = b.reshape(p.shape[0], rank, *p.shape[2:]).contiguous()
             folded[saved.a] = a.reshape(rank, *q.shape[1:]).contiguous()
         if keys.bias in folded:  # lora_bias: PEFT scales it with the rest

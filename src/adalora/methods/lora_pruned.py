@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,6 +82,11 @@ class LoraPruned(AdaLora):
         )
         adapted = with_adapter(model, config)
         layers = dict(lora_layers(adapted_model(adapted), ADAPTER))
+        if experts := [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]:
+            raise RecipeError(
+                f"adalora.target_modules: {experts[0]} holds fused experts, the factors of all in one pair, which the"
+                " method lora_pruned cannot prune: name the modules beside them"
+            )
         if embeddings := [name for name, layer in layers.items() if ADAPTER not in layer.lora_A]:
             raise RecipeError(
                 f"adalora.target_modules: {embeddings[0]} is an embedding, whose LoRA the method lora_pruned cannot"
