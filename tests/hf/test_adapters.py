@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import nn
 import adalora
 from adalora import AdaLoraConfig, ConfigError, StateError
 
-from .models import ARCHITECTURES, batch, bert, gpt2, logits
+from .models import ARCHITECTURES, batch, bert, gpt2, llama, logits
 
 TOLERANCE = 1e-5  # float32 logits of order 1 after a different order of the same products
 
@@ -335,6 +336,46 @@ def test_compact_by_hand_after_masks_only() -> None:
 def test_bad_settings_say_what_to_do(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         adalora.get_peft_model(bert(), config_for("bert", **settings))
+
+
+@pytest.mark.compatibility("Saving, loading, resuming", "`config.to_dict()` of a live adapter: what a plain LoRA needs")
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "upgrade"])
+def test_the_configuration_of_a_live_adapter_is_that_of_a_plain_one(way: str, tmp_path: Path) -> None:
+    model = llama()
+    budget = AdaLoraConfig(target_modules=["q_proj", "v_proj"], target_r=2, init_r=4, total_step=20)
+    if way == "get_peft_model":
+        model = adalora.get_peft_model(model, budget)
+    elif way == "add_adapter":
+        model.add_adapter(budget, "default")
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        adalora.upgrade(model, "default", budget)
+    triplets = adalora.allocator(model).triplets
+    for live in ([4, 4, 4, 4], [1, 0, 3, 4]):  # as after a step; asked before the state dict, and after it
+        with torch.no_grad():
+            for part, count in zip(triplets, live, strict=True):
+                part.lam[:count], part.lam[count:] = 0.5, 0.0
+        config = model.peft_config["default"]
+        written = {key: value for key, value in config.to_dict().items() if key != "peft_type"}
+        config.save_pretrained(str(tmp_path / "alone"))
+        tensors = peft.get_peft_model_state_dict(model)
+        assert {key: value for key, value in config.to_dict().items() if key != "peft_type"} == written
+        assert peft.LoraConfig.from_pretrained(str(tmp_path / "alone")).rank_pattern == written["rank_pattern"]
+        fresh = peft.get_peft_model(llama(), peft.LoraConfig(**written))
+        found = peft.set_peft_model_state_dict(fresh, tensors)
+        assert not found.unexpected_keys and not [key for key in found.missing_keys if "lora_" in key]
+        layers = [layer for layer in fresh.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+        assert [layer.r["default"] for layer in layers] == [count for count in live if count]
+        assert all(layer.scaling["default"] == 1 for layer in layers)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        triplets[0].lam.zero_()
+    assert copied.peft_config["default"].to_dict() == {**written, "peft_type": "LORA"}, "of its own model"
+    assert len(model.peft_config["default"].to_dict()["exclude_modules"]) == 2
+    alone = copy.deepcopy(model.peft_config["default"])
+    assert alone.to_dict()["target_r"] == 2, "no adapter is live"
+    assert pickle.loads(pickle.dumps(model.peft_config["default"])).target_r == 2
 
 
 def test_defaults_and_names_of_the_configuration() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -157,7 +158,8 @@ class AdaLoraConfig(LoraConfig):
         if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
             settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._exported: LoraConfig | None = None
+        # of the adapter that was made by this configuration: its ranks in a file
+        self._live: Callable[[AdaLoraConfig], dict[str, int] | None] | None = None
 
     def check_kind(self) -> None:
         """ConfigError where PEFT is asked for another kind of adapter: also when layers are made, since fields can be
@@ -205,16 +207,33 @@ class AdaLoraConfig(LoraConfig):
         return plain_config(self, ranks)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``: of the plain LoRA adapter whose weights PEFT has just asked for, if it has."""
-        if self._exported is None:
+        """Write ``adapter_config.json``: of a live adapter, that of the plain LoRA which its weights are."""
+        plain = self.as_plain()
+        if plain is None:
             super().save_pretrained(save_directory, **kwargs)
-            return
+        else:
+            plain.save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields: of a live adapter, those of the plain LoRA which its weights are, for libraries that write them
+        beside its tensors."""
+        plain = self.as_plain()
+        found: dict[str, Any] = super().to_dict() if plain is None else plain.to_dict()  # type: ignore[no-untyped-call]
+        return found
+
+    def as_plain(self) -> LoraConfig | None:
+        """The configuration of the ordinary LoRA adapter that a live adapter is now, or was when PEFT last asked for
+        its weights, unless something was trained or written since; None where no adapter is live."""
+        ranks = None if self._live is None else self._live(self)
+        if ranks is None:
+            return None
+        plain = self.plain(ranks)
         for name in ("inference_mode", "base_model_name_or_path", "task_type", "auto_mapping", "revision"):
-            setattr(self._exported, name, getattr(self, name))
+            setattr(plain, name, getattr(self, name))
         for name in ("target_modules", "exclude_modules"):  # PEFT keeps sets, whose order changes from run to run
-            value = getattr(self._exported, name)
-            setattr(self._exported, name, sorted(value) if isinstance(value, set) else value)
-        self._exported.save_pretrained(save_directory, **kwargs)
+            value = getattr(plain, name)
+            setattr(plain, name, sorted(value) if isinstance(value, set) else value)
+        return plain
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

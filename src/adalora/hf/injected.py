@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..core.errors import ConfigError
 from .config import AdaLoraConfig
@@ -43,7 +42,7 @@ def not_adapted_after_all(model: nn.Module) -> None:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
-def _rewritten(model: nn.Module, config: AdaLoraConfig) -> AdaLoraConfig:
+def _rewritten(model: Any, config: AdaLoraConfig) -> AdaLoraConfig:
     """A copy of the configuration as PEFT would inject it."""
     found = copy.copy(config)
     found.rank_pattern, found.alpha_pattern = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})

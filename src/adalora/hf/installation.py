@@ -37,7 +37,7 @@ from .layers import (
     remove_layers,
     upgrade_layers,
 )
-from .state_dicts import fold, unfold
+from .state_dicts import LiveRanks, fold, unfold
 
 ADDS_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # ways of weighting B and A apart
 
@@ -84,6 +84,7 @@ def install() -> None:
                         " embedding, and both would be pruned: adapt one of the two, with ensure_weight_tying=False."
                     )
                 upgrade_layers(model, adapter_name, config, keep_vectors=config.init_lora_weights == "eva")
+                config._live = LiveRanks(model, adapter_name)
             except NoMatchingPeftModuleError as error:
                 not_adapted_after_all(model)
                 raise ConfigError(
@@ -112,7 +113,8 @@ def install() -> None:
         selected = get_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names)
         if isinstance(config, AdaLoraConfig):
             selected, ranks = fold(model, adapter_name, config, selected)
-            config._exported = config.plain(ranks)
+            config._live = config._live if isinstance(config._live, LiveRanks) else LiveRanks(model, adapter_name)
+            config._live.asked(ranks)
         return selected  # type: ignore[no-any-return]
 
     def _remap_adapter_state_dict_for_load(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from ..core.errors import StateError
+from ..core.sharded import whole
 from ..core.triplets import Factors, Triplets, from_rows, to_product
 from .config import AdaLoraConfig
 from .layers import Keys, adapted_layers, padded, projection, triplets_of
@@ -34,14 +38,7 @@ def fold(
         for name, layer in adapted_layers(model, adapter_name)
         if (keys := Keys.of(layer, name, adapter_name)).factors[-1] in folded
     ]
-    untrained = not any(not (lam := folded[keys.factors[1]]).is_meta and bool(lam.any()) for _, _, keys in layers)
-    live: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, layer, keys in layers:
-        lam = folded[keys.factors[1]]
-        live[name] = torch.arange(len(lam), device=lam.device) if untrained else lam.nonzero().flatten()
-        at_least = int(_must_be_saved(layer, adapter_name, config))
-        ranks[rank_owner(_alone(name))] = max(len(live[name]), at_least, ranks.get(rank_owner(_alone(name)), 0))
+    live, ranks = _ranks([(name, layer, folded[keys.factors[1]]) for name, layer, keys in layers], adapter_name, config)
     for name, layer, keys in layers:
         p, lam, q = (folded.pop(key) for key in keys.factors)
         saved = Keys.of(layer, _alone(name), adapter_name)
@@ -64,6 +61,66 @@ def fold(
         if keys.bias in folded:  # lora_bias: PEFT scales it with the rest
             folded[saved.bias] = folded.pop(keys.bias) * layer.scaling[adapter_name]
     return folded, {name.removeprefix(PREFIX): rank for name, rank in ranks.items()}
+
+
+def _ranks(
+    layers: Sequence[tuple[str, LoraLayer, Tensor]], adapter_name: str, config: AdaLoraConfig
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What is saved of each (name, layer, λ): which triplets, int64 [k], by the layer's name, and its rank by the name
+    that it is saved under."""
+    untrained = not any(not lam.is_meta and bool(lam.any()) for _, _, lam in layers)
+    live: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer, lam in layers:
+        live[name] = torch.arange(len(lam), device=lam.device) if untrained else lam.nonzero().flatten()
+        at_least = int(_must_be_saved(layer, adapter_name, config))
+        ranks[rank_owner(_alone(name))] = max(len(live[name]), at_least, ranks.get(rank_owner(_alone(name)), 0))
+    return live, ranks
+
+
+class LiveRanks:
+    """The ranks that a file of this adapter would have now, by module: called, it counts them.
+
+    Those of a state dict that PEFT has just asked for come first: it may be of other weights than the live ones (an
+    average), or whole where the live ones lie in shards. They count once, and not after another step.
+    """
+
+    def __init__(self, model: nn.Module | None, adapter_name: str) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._adapter_name = adapter_name
+        self._asked: tuple[Any, dict[str, int]] | None = None
+
+    def asked(self, ranks: dict[str, int]) -> None:
+        """To be told the ranks of a state dict that has been handed out."""
+        self._asked = self._stamp(), ranks
+
+    def __call__(self, config: AdaLoraConfig) -> dict[str, int] | None:
+        asked, self._asked = self._asked, None
+        model = None if self._model is None else self._model()
+        if model is None:
+            return None
+        if asked is not None and asked[0] == self._stamp():
+            return asked[1]
+        layers = [
+            (name, layer, whole(projection(layer, self._adapter_name).singular_values).detach())
+            for name, layer in adapted_layers(model, self._adapter_name)
+        ]
+        ranks = _ranks(layers, self._adapter_name, config)[1]
+        return {name.removeprefix(PREFIX): rank for name, rank in ranks.items()} or None
+
+    def _stamp(self) -> Any:
+        """Differs when λ may have changed."""
+        model = None if self._model is None else self._model()
+        layers = [] if model is None else [layer for _, layer in adapted_layers(model, self._adapter_name)]
+        parts = [projection(layer, self._adapter_name) for layer in layers]
+        return [(id(p.singular_values), p.singular_values._version, getattr(p.allocator, "step", 0)) for p in parts]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveRanks:
+        """Of a copied model; a configuration that is copied alone has no live adapter."""
+        return LiveRanks(None if self._model is None else memo.get(id(self._model())), self._adapter_name)
+
+    def __reduce__(self) -> Any:
+        return LiveRanks, (None, self._adapter_name)
 
 
 def _must_be_saved(layer: LoraLayer, adapter_name: str, config: AdaLoraConfig) -> bool:

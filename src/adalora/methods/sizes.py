@@ -13,7 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..hf.installation import linear_module_suffixes
+from ..hf.injected import linear_module_suffixes
 from ..recipe import Recipe, RecipeError
 from .base import get, head_modules
 from .precision import whole_in_float32
