@@ -362,6 +362,7 @@ def test_the_configuration_of_a_live_adapter_is_that_of_a_plain_one(way: str, tm
         tensors = peft.get_peft_model_state_dict(model)
         assert {key: value for key, value in config.to_dict().items() if key != "peft_type"} == written
         assert peft.LoraConfig.from_pretrained(str(tmp_path / "alone")).rank_pattern == written["rank_pattern"]
+        tensors = {f"base_model.model.{key.removeprefix('base_model.model.')}": w for key, w in tensors.items()}
         fresh = peft.get_peft_model(llama(), peft.LoraConfig(**written))
         found = peft.set_peft_model_state_dict(fresh, tensors)
         assert not found.unexpected_keys and not [key for key in found.missing_keys if "lora_" in key]

@@ -31,7 +31,7 @@ from .layers import (
     upgrade_layers,
 )
 from .plain import PREFIX, Pair, PlainAdapter, listed, shapes_of
-from .state_dicts import LiveRanks
+from .state_dicts import adopt
 
 STATE_NAME = "adalora_state.safetensors"
 _LORA_FIELDS = [f.name for f in fields(LoraConfig) if f.init and f.name != "peft_type"]
@@ -104,7 +104,7 @@ def upgrade(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> Alloc
     lora = {name: getattr(present, name) for name in _LORA_FIELDS}
     upgraded = AdaLoraConfig(**{**lora, **budget, "r": present.r, "init_r": present.r})
     found = upgrade_layers(inner, adapter_name, upgraded, keep_vectors=True)
-    upgraded._live = LiveRanks(inner, adapter_name)
+    adopt(inner, adapter_name, upgraded)
     adapters[adapter_name] = upgraded
     return found
 

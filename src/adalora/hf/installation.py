@@ -37,7 +37,7 @@ from .layers import (
     remove_layers,
     upgrade_layers,
 )
-from .state_dicts import LiveRanks, fold, unfold
+from .state_dicts import LiveRanks, adopt, fold, unfold
 
 ADDS_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # ways of weighting B and A apart
 
@@ -84,7 +84,7 @@ def install() -> None:
                         " embedding, and both would be pruned: adapt one of the two, with ensure_weight_tying=False."
                     )
                 upgrade_layers(model, adapter_name, config, keep_vectors=config.init_lora_weights == "eva")
-                config._live = LiveRanks(model, adapter_name)
+                adopt(model, adapter_name, config)
             except NoMatchingPeftModuleError as error:
                 not_adapted_after_all(model)
                 raise ConfigError(

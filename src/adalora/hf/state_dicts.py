@@ -16,7 +16,7 @@ from ..core.errors import StateError
 from ..core.sharded import whole
 from ..core.triplets import Factors, Triplets, from_rows, to_product
 from .config import AdaLoraConfig
-from .layers import Keys, adapted_layers, padded, projection, triplets_of
+from .layers import Keys, adapted_layers, adapter_names, padded, projection, triplets_of
 from .plain import PREFIX
 from .plain_config import rank_owner
 
@@ -153,24 +153,93 @@ def unfold(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -
     for name, layer in adapted_layers(model, adapter_name):
         bare = name.removeprefix(PREFIX)
         candidates = [Keys.of(layer, f"{prefix}{bare}", None) for prefix in (PREFIX, "")]
-        keys = next((keys for keys in candidates if keys.a in unfolded), None)
-        triplets = triplets_of(layer, adapter_name)
-        live = _present(triplets)
-        if keys is None:
-            keys = candidates[0 if name != bare else 1]
-            factors = live._replace(lam=torch.zeros_like(live.lam))
-        else:
-            b, a = unfolded.pop(keys.b), unfolded.pop(keys.a)
-            gain = projection(layer, adapter_name).gain
-            factors = padded(from_rows(b, a / (layer.scaling[adapter_name] * gain)), live)
-            if keys.bias in unfolded:
-                unfolded[keys.bias] = unfolded[keys.bias] / layer.scaling[adapter_name]
-        rank, shapes = len(factors.lam), (triplets.p.shape, triplets.q.shape)
-        for key, value, shape in zip(
-            keys.factors,
-            factors,
-            ((shapes[0][0], rank, *shapes[0][2:]), (rank,), (rank, *shapes[1][1:])),
-            strict=True,
-        ):
-            unfolded[key] = value.reshape(shape)
+        keys = next((keys for keys in candidates if keys.a in unfolded), candidates[0 if name != bare else 1])
+        _unfold_layer(layer, adapter_name, keys, unfolded)
     return unfolded
+
+
+def _unfold_layer(layer: LoraLayer, adapter_name: str, keys: Keys, tensors: dict[str, Tensor]) -> None:
+    """In place: the plain pair of one layer, or nothing, which is rank 0, becomes its P, Λ, Q."""
+    triplets = triplets_of(layer, adapter_name)
+    live = _present(triplets)
+    if keys.a not in tensors:
+        factors = live._replace(lam=torch.zeros_like(live.lam))
+    else:
+        b, a = tensors.pop(keys.b), tensors.pop(keys.a)
+        gain = projection(layer, adapter_name).gain
+        factors = padded(from_rows(b, a / (layer.scaling[adapter_name] * gain)), live)
+        if keys.bias in tensors:
+            tensors[keys.bias] = tensors[keys.bias] / layer.scaling[adapter_name]
+    rank, shapes = len(factors.lam), (triplets.p.shape, triplets.q.shape)
+    wanted = ((shapes[0][0], rank, *shapes[0][2:]), (rank,), (rank, *shapes[1][1:]))
+    for key, value, shape in zip(keys.factors, factors, wanted, strict=True):
+        tensors[key] = value.reshape(shape)
+
+
+def adopt(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
+    """What a new adapter needs for files: a configuration that knows its ranks, and a model that takes its plain form
+    in ``load_state_dict``, too.
+
+    Args:
+        model: that the layers are named in, without PEFT's wrappers.
+    """
+    config._live = LiveRanks(model, adapter_name)
+    known: Any = model._load_state_dict_pre_hooks.values()
+    if _take_plain_form not in [hook.hook for hook in known]:
+        model.register_load_state_dict_pre_hook(_take_plain_form)  # type: ignore[no-untyped-call]
+
+
+def _take_plain_form(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Trainers that rebuild a model from its checkpoint copy its state dict, in which the adapter is plain LoRA: it is
+    taken over whole, or refused before anything is copied."""
+    for adapter_name in adapter_names(model):
+        layers = [
+            (name, layer, Keys.of(layer, prefix + name, adapter_name))
+            for name, layer in adapted_layers(model, adapter_name)
+        ]
+        if not any(keys.a in state_dict and keys.factors[2] not in state_dict for _, _, keys in layers):
+            continue
+        _check_plain_form(adapter_name, layers, state_dict, prefix)
+        for name, layer, keys in layers:
+            _unfold_layer(layer, adapter_name, keys, state_dict)
+            _wrap_base(prefix + name, state_dict)
+            projection(layer, adapter_name).allocator.weights_replaced()
+
+
+def _check_plain_form(
+    adapter_name: str, layers: list[tuple[str, LoraLayer, Keys]], state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    """StateError unless every pair of plain LoRA has a layer here that it fits."""
+    pair = re.compile(rf"{re.escape(prefix)}(.+)\.lora_(?:embedding_)?A\.{re.escape(adapter_name)}(?:\.weight)?")
+    said = f"this state dict holds {adapter_name!r} as plain LoRA, and nothing of it was copied:"
+    known = {name for name, _, _ in layers}
+    for key in state_dict:
+        if (match := pair.fullmatch(key)) and match[1] not in known:
+            raise StateError(
+                f"{said} {match[1]}, which it adapts, is not adapted here. Is it of this model, with these"
+                " target_modules?"
+            )
+    for name, layer, keys in layers:
+        triplets = triplets_of(layer, adapter_name)
+        if keys.factors[2] in state_dict:
+            raise StateError(f"{said} {name} is there as P, Λ and Q beside it. Give one of the two.")
+        if keys.a not in state_dict:
+            continue
+        b, a = state_dict.get(keys.b), state_dict[keys.a]
+        wanted = (triplets.p.shape[0], *triplets.p.shape[2:]), triplets.q.shape[1:]
+        if b is None or b.ndim < 2 or (a.shape[0], (b.shape[0], *b.shape[2:]), a.shape[1:]) != (b.shape[1], *wanted):
+            raise StateError(
+                f"{said} {name} has A {list(a.shape)} and B {None if b is None else list(b.shape)}, which do not fit"
+                f" [r, {', '.join(map(str, wanted[1]))}] and [{wanted[0][0]}, r]. Is it of this model?"
+            )
+
+
+def _wrap_base(name: str, state_dict: dict[str, Tensor]) -> None:
+    """In place: the base weights of a module that is not adapted in the plain form, of rank 0, where they lie here."""
+    base = f"{name}.base_layer."
+    own = [key for key in state_dict if key.startswith(f"{name}.")]
+    if not any(key.startswith(base) for key in own):
+        for key in own:
+            rest = key.removeprefix(f"{name}.")
+            if not rest.startswith("lora_"):
+                state_dict[base + rest] = state_dict.pop(key)
