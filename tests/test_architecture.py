@@ -63,6 +63,15 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_what_only_unix_has_is_imported_with_care(path: Path) -> None:
+    """At the top of a module such an import ends every command that needs the module on other systems."""
+    unix = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"}
+    plain = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in plain for alias in node.names}
+    assert not unix & (names | {node.module for node in plain if isinstance(node, ast.ImportFrom)})
+
+
 def complaints(path: Path) -> list[str]:
     """Every arrow of this file that runs back."""
     room, found = room_of(path), []

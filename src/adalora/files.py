@@ -1,14 +1,49 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process writes to."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .core.errors import AdaLoraError
+
+
+class HeldError(AdaLoraError):
+    """Another process holds a lock: the message names it."""
+
+
+@contextmanager
+def holding(lock: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock that the death of this process releases, and say in its file whose it is.
+
+    Args:
+        patience: seconds to wait for one that is held.
+
+    Raises:
+        HeldError: another process holds it.
+    """
+    held = FileLock(lock, timeout=patience)
+    try:
+        held.acquire()
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody read what is locked
+            holder = lock.read_text(encoding="utf-8", errors="replace").strip()
+        raise HeldError(holder or "another process") from None
+    try:
+        with suppress(OSError):
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

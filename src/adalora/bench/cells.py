@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import resource
 import shutil
 import socket
 import sys
@@ -149,10 +148,9 @@ def _usage(began: float) -> dict[str, Any]:
     """What the process has taken so far."""
     from ..training import peak_memory
 
-    used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "seconds": round(time.monotonic() - began, 2),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "cpu_seconds": round(time.process_time(), 2),
         **peak_memory(),
     }
 

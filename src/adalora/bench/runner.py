@@ -3,7 +3,6 @@ as soon as it is there."""
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ..files import HeldError, holding
 from ..report.terminal import duration
 from .cells import CellFolder, Job, check_asked, clear, failed_otherwise, job_of, record_of, settle
 from .choose import cells_known, lost_groups
@@ -163,14 +163,13 @@ def _written(grid: Grid, records: dict[str, Record]) -> Bench:
 def _alone_in(output: Path) -> Iterator[None]:
     """Hold the folder's lock; BenchError when another process does."""
     output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(
-                f"another bench writes to {output}: wait for it, or give the grid another `output`"
-            ) from None
-        yield
+    try:
+        with holding(output / ".lock"):
+            yield
+    except HeldError as error:
+        raise BenchError(
+            f"another bench writes to {output} ({error}): wait for it, or give the grid another `output`"
+        ) from None
 
 
 @contextmanager
