@@ -54,6 +54,13 @@ def _check_share_or_count(value: float) -> float:
     return int(value) if value >= 1 else value
 
 
+def _whole_if_it_is(rank: float) -> float:
+    return int(rank) if rank == int(rank) else rank
+
+
+Rank = Annotated[int | float, Field(gt=0), AfterValidator(_whole_if_it_is)]
+"""An average rank, which may be a fraction."""
+
 Steps = Annotated[int | float | str, BeforeValidator(_check_steps)]
 """Steps (int), a fraction of all steps (float below 1), or ``"2 epochs"``."""
 
@@ -118,8 +125,12 @@ class DataSection(_Section):
 class AdaLoraSection(_Section):
     """The method: the fields of ``adalora.AdaLoraConfig``, which checks their meaning."""
 
-    target_r: int = Field(4, ge=1, description="Average rank of a matrix at the end of training.")
-    init_r: int | None = Field(None, ge=1, description="Rank of every matrix at the start. Default: 1.5 x target_r.")
+    target_r: Rank = Field(
+        4, description="Average rank of a matrix at the end of training; 0.25: every fourth has one."
+    )
+    init_r: int | None = Field(
+        None, ge=1, description="Rank of every matrix at the start. Default: 1.5 x target_r, rounded up."
+    )
     lora_alpha: float | None = Field(
         None, gt=0, description="The update's scale is alpha / init_r. Default: 2 x init_r."
     )
@@ -137,6 +148,14 @@ class AdaLoraSection(_Section):
     orthogonality: str = Field("squared", description="Form of the penalty: squared or frobenius.")
     importance: str = Field("sensitivity_uncertainty", description="Which importance metric ranks the triplets.")
     policy: str = Field("global_topk", description="How the budget is divided among matrices.")
+    budget_unit: Literal["triplets", "parameters"] = Field(
+        "triplets",
+        description="What the budget counts. In parameters, the target is what LoRA of rank target_r has, and what is "
+        "saved is never more. The recipe's own `budget` sets both.",
+    )
+    rank_by: Literal["score", "score_per_parameter"] = Field(
+        "score", description="What triplets are ranked by: their score, or that over their number of parameters."
+    )
     schedule: str = Field("cubic", description="How the budget falls: cubic, linear or constant.")
     initialization: str = Field("orthonormal", description="P and Q at the start: orthonormal or gaussian.")
     singular_gain: float | Literal["auto"] = Field(
@@ -151,7 +170,7 @@ class AdaLoraSection(_Section):
     @model_validator(mode="after")
     def _fill_in(self) -> AdaLoraSection:
         if self.init_r is None:
-            self.init_r = math.ceil(1.5 * self.target_r)
+            self.init_r = math.ceil(round(1.5 * self.target_r, 6))
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.init_r
         return self
@@ -245,7 +264,8 @@ class Recipe(_Section):
     budget: int | str | None = Field(
         None,
         description="Parameters of the adapter as saved, from which the method finds its rank or width; `rank 8`: "
-        "as many as LoRA of rank 8 has on the same matrices.",
+        "as many as LoRA of rank 8 has on the same matrices. A rank may be a fraction. The method adalora takes it as "
+        "it is, in parameters; others come as near as they can.",
     )
     output: str = Field("runs/adalora", description="Folder of the run.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")

@@ -25,7 +25,7 @@ from adalora.core.errors import ConfigError, ScheduleError, StateError
 from adalora.core.importance import METRICS
 from adalora.core.policy import POLICIES
 from adalora.core.schedule import CURVES
-from adalora.core.settings import Settings
+from adalora.core.settings import RANKINGS, Settings
 from adalora.core.triplets import Triplets
 from tests.core.toys import Toy, adamw, feed, momentum, plan, randn, random_triplets, train
 
@@ -87,7 +87,7 @@ def test_an_allocation_zeroes_the_worst_and_touches_nothing_else(ranks: list[int
         allocator.after_step(optimizer)
         assert allocator.schedule is not None
         if allocator.schedule.allocates(step):
-            mask = POLICIES[policy](scores, allocator.schedule.budget(step), ranks)
+            mask = POLICIES[policy](scores, allocator.schedule.budget(step), ranks, [1, 1, 1])
             expected = list(before)
             for k, lives in enumerate(mask.split(ranks)):
                 expected[3 * k + 1] = torch.where(lives, before[3 * k + 1], 0.0)
@@ -95,6 +95,125 @@ def test_an_allocation_zeroes_the_worst_and_touches_nothing_else(ranks: list[int
         else:
             expected = before
         assert all(torch.equal(a, b) for a, b in zip(toy.values(), expected, strict=True))
+
+
+SIZES = ((6, 5), (4, 7), (20, 12), (3, 30))  # triplets of 11, 11, 32 and 33 parameters
+
+
+@given(
+    target=st.integers(40, 340),
+    ranks=st.lists(st.integers(4, 6), min_size=4, max_size=4),
+    metric=st.sampled_from(sorted(METRICS)),
+    policy=st.sampled_from(sorted(POLICIES)),
+    rank_by=st.sampled_from(RANKINGS),
+    compact=st.booleans(),
+)
+def test_a_budget_in_parameters_holds_after_every_allocation(target: int, ranks: list[int], **layout: Any) -> None:
+    """Never more than b(t), and within the smallest pruned triplet of it; so is what is left in memory at the end."""
+    toy = Toy(ranks, SIZES)
+    allocator = Allocator(toy.triplets, plan(target_rank=None, budget=target, budget_unit="parameters", **layout))
+    schedule, costs = allocator.schedule, [11, 11, 32, 33]
+    assert schedule is not None and allocator.costs == costs
+    assert schedule.initial_budget == sum(map(int.__mul__, ranks, costs)) == allocator.spent
+
+    def after(step: int) -> None:
+        if schedule.allocates(step):
+            live = list(allocator.ranks().values())
+            left = schedule.budget(step) - sum(map(int.__mul__, live, costs))
+            assert 0 <= left == schedule.budget(step) - allocator.spent
+            assert left < min(cost for cost, rank, size in zip(costs, live, ranks, strict=True) if rank < size)
+
+    train(toy, allocator, adamw(toy.parameters()), STEPS, after)
+    assert target - 33 < allocator.spent <= target == allocator.trace[-1].budget
+    in_memory = sum(w.numel() for t in toy.triplets for w in (t.p, t.q))
+    assert in_memory == (allocator.spent if layout["compact"] else schedule.initial_budget)
+
+
+def test_scores_per_parameter_are_scores_over_sizes() -> None:
+    plain, by_size = (
+        Allocator(Toy((4,) * 4, SIZES).triplets, plan(rank_by=rank_by, budget_unit="parameters"))
+        for rank_by in RANKINGS
+    )
+    for allocator in (plain, by_size):
+        shapes = [w.shape for t in allocator.triplets for w in t.parameters]
+        feed(allocator, [[randn(*shape, seed=7 * k) for k, shape in enumerate(shapes)]] * 2)
+    each = torch.tensor([11.0, 11.0, 32.0, 33.0], dtype=torch.float64).repeat_interleave(4)
+    assert bool(plain.scores().any())
+    torch.testing.assert_close(by_size.scores(), plain.scores() / each, rtol=1e-12, atol=0)
+
+
+def test_a_fraction_leaves_most_matrices_without_a_triplet() -> None:
+    """A quarter of a triplet for each of eight matrices: two live, the others are empty in memory."""
+    toy = Toy((1,) * 8, ((6, 5),) * 8)
+    allocator = Allocator(toy.triplets, plan(target_rank=0.25))
+    assert (allocator.initial_budget, allocator.target_budget) == (8, 2)
+    train(toy, allocator, adamw(toy.parameters()), STEPS)
+    assert sorted(allocator.sizes) == [0] * 6 + [1] * 2
+    assert sum(w.numel() for w in toy.parameters()) == 2 * 12
+    with pytest.raises(ConfigError, match=r"target_r=0.25 x 3 matrices\) leaves nothing to train"):
+        Allocator(Toy((1, 1, 1)).triplets, plan(target_rank=0.25))
+
+
+def test_allocations_wait_until_a_triplet_has_a_score() -> None:
+    """Λ starts at 0, so the loss has no gradient in P and Q, and λ times its own is 0, too. What the regulariser adds
+    says nothing, be it large, where P and Q cannot be orthonormal, or a rounding."""
+    toy = Toy((5, 5, 2))
+    with torch.no_grad():
+        for t in toy.triplets:
+            t.lam.zero_()
+    allocator = Allocator(toy.triplets, plan(t_init=0, t_final=10, delta_t=1))  # allocations from step 1 to step 6
+    live: list[int] = []
+    train(toy, allocator, adamw(toy.parameters()), range(1, 7), lambda step: live.append(allocator.live))
+    assert [a.step for a in allocator.trace] == [2, 3, 4, 5, 6]
+    assert live[0] == 12 > live[1] and live[-1] == 6 and bool(allocator.scores().any())
+
+
+def test_a_last_allocation_among_zeros_shares_evenly_and_says_so() -> None:
+    allocator = Allocator(
+        Toy((4,) * 4, SIZES).triplets, plan(t_init=0, t_final=14, delta_t=1, target_rank=1.5, total_step=18)
+    )
+    with torch.no_grad():
+        for t in allocator.triplets:
+            t.lam.zero_()
+    ones = [torch.ones_like(w) for t in allocator.triplets for w in t.parameters]
+    feed(allocator, [ones] * 3)
+    assert allocator.trace == [] and allocator.live == 16 and bool(allocator.scores().any())
+    with pytest.warns(UserWarning, match="at the last allocation no gradient had told triplets apart"):
+        feed(allocator, [ones])
+    assert sorted(allocator.ranks().values()) == [1, 1, 2, 2] and allocator.frozen
+
+
+@pytest.mark.parametrize(("t_final", "told"), [(1, True), (0, False)])
+def test_a_training_too_short_to_rank_says_so_before_it_starts(t_final: int, told: bool) -> None:
+    """Four steps, of which the last allocation follows the third: gradients have said nothing before."""
+    allocator = Allocator(Toy().triplets, plan(t_init=0, t_final=t_final, delta_t=1, total_step=None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        allocator.plan(4)
+        allocator.plan(4)  # a Trainer plans again: once is enough
+    assert [str(warning.message)[:30] for warning in caught] == ["Too few steps to rank anything"] * told
+    assert told == ("Too few steps to rank anything" in allocator.describe())
+
+
+def test_a_state_of_another_unit_is_refused() -> None:
+    allocator = Allocator(Toy().triplets, plan(budget_unit="parameters"))
+    with pytest.raises(StateError, match="made with budget_unit='parameters', this model has 'triplets'"):
+        Allocator(Toy().triplets, plan()).load_state_dict(allocator.state_dict())
+
+
+def test_a_second_training_starts_from_what_the_first_has_left() -> None:
+    """Less than the target by a part of a triplet: there is nothing to prune then."""
+    toy = Toy((4,) * 4, SIZES)
+    allocator = Allocator(toy.triplets, plan(target_rank=None, budget=130, budget_unit="parameters"))
+    train(toy, allocator, adamw(toy.parameters()), STEPS)
+    spent = allocator.spent
+    assert 97 < spent < 130
+    allocator.restart()
+    assert allocator.initial_budget == spent and allocator.frozen
+    allocator.plan(16)
+    assert "nothing to prune" in allocator.describe()
+    train(toy, allocator, adamw(toy.parameters()), STEPS)
+    assert allocator.spent == spent
 
 
 def test_pruned_triplets_can_return_while_pruning_goes_on() -> None:

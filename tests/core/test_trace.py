@@ -100,8 +100,10 @@ def test_an_allocator_writes_what_it_did(tmp_path: Path) -> None:
         "budget": {"initial": 12, "target": 6},
         "schedule": {
             "initial_budget": 12, "target_budget": 6, "total_step": 16, "t_init": 2, "t_final": 4, "delta_t": 2,
-            "curve": "cubic",
+            "curve": "cubic", "unit": "triplets",
         },
+        "budget_unit": "triplets",
+        "rank_by": "score",
         "importance": "sensitivity_uncertainty",
         "policy": "global_topk",
     }  # fmt: skip

@@ -21,7 +21,6 @@ from adalora.core.errors import AdaLoraError
 from adalora.core.importance import METRICS
 from adalora.methods import Adapted
 from adalora.methods.lora_pruned import OF_SINGULAR_VALUES, Pruner
-from adalora.recipe import RecipeError
 from adalora.report.run import read_trace
 
 from ..hf.models import ARCHITECTURES, batch, bert, logits
@@ -295,7 +294,7 @@ def test_the_size_of_its_product_is_a_doublets_norm_product(tmp_path: Path) -> N
         ({"target_modules": ["word_embeddings", "query"]}, r"word_embeddings is an embedding"),
         ({"target_modules": ["nothing"]}, r"target_modules: .*matches nothing"),
         ({"tinit": STEPS}, r"no step is left for pruning"),
-        ({"init_r": 1, "target_r": 2}, r"target of .* is above the initial"),
+        ({"init_r": 1, "target_r": 2}, r"initial ranks sum to .* below the target"),
     ],
 )
 def test_what_has_no_meaning_is_refused(section: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -313,7 +312,8 @@ def test_a_budget_sets_the_target_and_keeps_ratio_and_scale(tmp_path: Path) -> N
     """As many parameters as LoRA of the target rank has."""
     recipe = job_for("lora_pruned", tmp_path).recipe
     sides = sum(sum(layer.weight.shape) for layer in bert().bert.modules() if isinstance(layer, nn.Linear))
-    changed = methods.get("lora_pruned").with_budget(bert(), recipe, 5 * sides + 7).adalora
+    changed = methods.get("lora_pruned").with_budget(bert(), recipe, 5 * sides).adalora
     assert (changed.target_r, changed.init_r, changed.lora_alpha) == (5, 10, 20.0)
-    with pytest.raises(RecipeError, match="too few for lora_pruned"):
-        methods.get("lora_pruned").with_budget(bert(), recipe, sides // 3)
+    assert changed.budget_unit == "parameters"
+    fraction = methods.get("lora_pruned").with_budget(bert(), recipe, sides // 3).adalora
+    assert (fraction.init_r, fraction.lora_alpha) == (1, 2.0) and 0.32 < fraction.target_r < 0.34

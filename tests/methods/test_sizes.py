@@ -107,12 +107,16 @@ def test_a_budget_is_a_number_or_a_rank_on_the_methods_own_matrices() -> None:
     queries = {"target_modules": ["query"]}
     assert parse_budget("rank 3", model, recipe_for("lora", lora=queries)) == 3 * 2 * 64
     assert parse_budget("rank 3", model, recipe_for("adalora", adalora=queries)) == 3 * 2 * 64
+    assert parse_budget("rank 0.25", model, recipe_for("lora")) == 3 * 64
+    assert parse_budget("rank 1.3", model, recipe_for("adalora", adalora=queries)) == 166  # 1.3 x 128 = 166.4
     assert parse_budget(" rank  3 ", model, recipe_for("houlsby")) == 3 * 13 * 64, "all linear modules of the body"
 
 
-@pytest.mark.parametrize("budget", [0, -1, "rank 0", "rank", "8", "rank 2.5", "0.3M"])
+@pytest.mark.parametrize("budget", [0, -1, "rank 0", "rank 0.0", "rank", "8", "rank -1", "0.3M"])
 def test_any_other_budget_is_an_error_that_shows_both_forms(budget: int | str) -> None:
-    with pytest.raises(RecipeError, match=r"number of parameters \(330000\), or a rank \(`rank 8`\) \(given: "):
+    with pytest.raises(
+        RecipeError, match=r"number of parameters \(330000\), or a rank \(`rank 8`, `rank 0.25`\) \(given: "
+    ):
         parse_budget(budget, tiny_bert(), recipe_for("lora"))
 
 

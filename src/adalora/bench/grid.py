@@ -87,9 +87,11 @@ def _check_name(name: str) -> str:
 def _check_budget(budget: int | str) -> int | str:
     if isinstance(budget, int) and budget > 0:
         return budget
-    if isinstance(budget, str) and re.fullmatch(r"rank [1-9][0-9]*", budget):
+    if isinstance(budget, str) and re.fullmatch(r"rank (?=.*[1-9])[0-9]+(\.[0-9]+)?", budget):
         return budget
-    raise ValueError("should be a number of parameters (100000), or `rank 8`: as many as LoRA of rank 8 has")
+    raise ValueError(
+        "should be a number of parameters (100000), or a rank (`rank 8`, `rank 0.25`): as many as LoRA of that rank has"
+    )
 
 
 def _check_distinct(values: list[Any]) -> list[Any]:

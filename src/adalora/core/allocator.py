@@ -43,7 +43,7 @@ class Allocator:
     """Budget allocation over the triplets of one model.
 
     Args:
-        triplets: one entry for each adapted matrix; the order is the order of ties and of the trace.
+        triplets: one entry for each adapted matrix; the order is that of the trace.
         settings: see :class:`Settings`. Without ``total_step`` there, call :meth:`plan` before the first step.
 
     Raises:
@@ -62,7 +62,7 @@ class Allocator:
         self.initial_ranks = [t.rank for t in triplets]
         self.schedule: Schedule | None = None
         self.step = 0  # optimizer steps counted so far
-        self.frozen = self.initial_budget == self.target_budget  # from the final phase on the mask no longer changes
+        self.frozen = self.initial_budget <= self.target_budget  # from the final phase on the mask no longer changes
         self.hooked = False  # before_step and after_step are called by the optimizer's hooks
         self.manual = False  # update_and_allocate has taken over from the hook
         self.trace: list[Allocation] = []
@@ -76,12 +76,7 @@ class Allocator:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
-        if self.initial_budget < self.target_budget:
-            raise ConfigError(
-                f"the initial ranks sum to {self.initial_budget} triplets, below the target of {self.target_budget}"
-                f" (target_r={settings.target_rank} x {len(names)} matrices): AdaLoRA only prunes. Raise init_r (or"
-                " rank_pattern) or lower target_r."
-            )
+        settings.check_budgets(self.initial_budget, self.costs)
         self._plan_if_told()
         LIVE.add(self)
 
@@ -107,17 +102,29 @@ class Allocator:
         return all(t.is_resizable(optimizer) for t in self.triplets)
 
     @property
+    def costs(self) -> list[int]:
+        """What one triplet of each matrix takes of the budget, which counts triplets or parameters."""
+        return self.settings.costs(self.triplets)
+
+    @property
     def initial_budget(self) -> int:
-        return sum(self.initial_ranks)
+        """b0, in the budget's unit, as all budgets are."""
+        return sum(map(operator.mul, self.initial_ranks, self.costs))
 
     @property
     def target_budget(self) -> int:
-        return len(self.triplets) * self.settings.target_rank
+        """bT"""
+        return self.settings.target(sum(self.costs))
 
     @property
     def budget(self) -> int:
         """b(t) at the present step."""
         return self.initial_budget if self.schedule is None else self.schedule.budget(self.step)
+
+    @property
+    def spent(self) -> int:
+        """What the live triplets take of the budget."""
+        return sum(map(operator.mul, self.ranks().values(), self.costs))
 
     @property
     def live(self) -> int:
@@ -133,10 +140,9 @@ class Allocator:
     def describe(self) -> str:
         """The schedule in words."""
         if self.schedule is None:
-            return (
-                f"{self.initial_budget} triplets to start with, {self.target_budget} at the end; total steps unknown."
-            )
-        return self.schedule.describe(len(self.triplets))
+            unit = self.settings.budget_unit
+            return f"{self.initial_budget} {unit} to start with, {self.target_budget} at the end; total steps unknown."
+        return self.schedule.describe(sum(self.costs))
 
     def header(self) -> dict[str, Any]:
         """What a trace begins with: matrices, budgets, schedule."""
@@ -146,6 +152,8 @@ class Allocator:
             "triplet_parameters": [t.parameters_each for t in self.triplets],
             "budget": {"initial": self.initial_budget, "target": self.target_budget},
             "schedule": None if self.schedule is None else asdict(self.schedule),
+            "budget_unit": self.settings.budget_unit,
+            "rank_by": self.settings.rank_by,
             "importance": self.settings.metric,
             "policy": self.settings.policy,
             **({"start": self.started} if self.started else {}),
@@ -157,16 +165,22 @@ class Allocator:
         Raises:
             ScheduleError: no step is left for pruning, or a length is in epochs and ``steps_per_epoch`` is missing.
         """
-        schedule = self.settings.schedule(self.initial_budget, len(self.triplets), total_step, steps_per_epoch)
+        initial = max(self.initial_budget, self.target_budget)  # a second training may start below the target
+        schedule = self.settings.schedule(initial, sum(self.costs), total_step, steps_per_epoch)
         if self.schedule is not None and self.schedule != schedule and self.step > 0 and not self.frozen:
             warnings.warn(
-                f"the schedule changes at step {self.step} of training: {schedule.describe(len(self.triplets))}",
+                f"the schedule changes at step {self.step} of training: {schedule.describe(sum(self.costs))}",
                 stacklevel=2,
             )
+        elif schedule.cannot_rank and schedule != self.schedule:
+            warnings.warn(schedule.shortness(), stacklevel=2)
         self.schedule = schedule
 
     def scores(self) -> Tensor:
-        """S of every triplet, matrix after matrix: [sum of sizes]. In the final phase, as at the last allocation."""
+        """S of every triplet, matrix after matrix: [sum of sizes]. In the final phase, as at the last allocation.
+
+        With ``rank_by="score_per_parameter"``, S over the parameters of the triplet.
+        """
         self._refresh()
         return self._scoring.scores(self._stacks.parameters()) if self._last_scores is None else self._last_scores
 
@@ -316,6 +330,7 @@ class Allocator:
             "frozen": self.frozen,
             "manual": self.manual,
             "metric": self.settings.metric,
+            "budget_unit": self.settings.budget_unit,
             "initial_ranks": list(self.initial_ranks),
             "started": self.started,
             "schedule": None if self.schedule is None else asdict(self.schedule),
@@ -329,7 +344,7 @@ class Allocator:
         Raises:
             StateError: it is of another model, metric or version; nothing has been changed then.
         """
-        check_fit(state, self.triplets, self.settings.metric)
+        check_fit(state, self.triplets, self.settings)
         tensors: dict[str, Tensor] = state["tensors"]
         for t in self.triplets:
             t.assign(factors_of(tensors, t.name))
@@ -351,7 +366,7 @@ class Allocator:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
         self.step, self._stepping, self.schedule, self._last_scores = 0, False, None, None
         self.initial_ranks = self.sizes
-        self.frozen = self._settled = self.initial_budget == self.target_budget
+        self.frozen = self._settled = self.initial_budget <= self.target_budget
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self._stacks.device)
         self.trace.clear()
@@ -390,10 +405,10 @@ class Allocator:
         if not settings.may_be_by_hand:
             raise ScheduleError(f"update_and_allocate({step}) needs AdaLoraConfig(total_step=...).")
         end = int(settings.t_final)
-        self.schedule = replace(settings, t_final=0).schedule(self.initial_budget, len(self.triplets), end, None)
+        self.schedule = replace(settings, t_final=0).schedule(self.initial_budget, sum(self.costs), end, None)
         warnings.warn(
             f"total_step is not given, so tfinal={end} is read as the step at which pruning ends, not as the length of"
-            f" the final phase: {self.initial_budget} triplets until step {self.schedule.t_init},"
+            f" the final phase: {self.initial_budget} {settings.budget_unit} until step {self.schedule.t_init},"
             f" {self.target_budget} from step {end} on. Give total_step to say how long training is.",
             stacklevel=4,
         )
@@ -402,7 +417,7 @@ class Allocator:
         """For the present ranks and device; without averages."""
         self._stacks = Stacks(self.triplets)
         self._regulariser = Regulariser(self._stacks)
-        self._scoring = Scoring(self._stacks, self.settings.metric, self.settings.beta1, self.settings.beta2)
+        self._scoring = Scoring.of(self._stacks, self.settings)
 
     def _counts(self, flags: Iterable[bool]) -> list[int]:
         """Of each matrix, how many of its triplets are flagged."""
@@ -426,10 +441,11 @@ class Allocator:
         self._refresh(parameters)
         if self.step == 1 and not self.manual:
             self._lam_before_mask = self._stacks.gather_lam(parameters)
-        budget = schedule.budget(step)
-        scores = self._scoring.scores(parameters)
-        before, final = self.mask, schedule.is_final(step)
-        self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes)
+        budget, before, final = schedule.budget(step), self.mask, schedule.is_final(step)
+        scores = self._scoring.for_allocation(parameters, last=final)
+        if scores is None:
+            return
+        self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes, self.costs)
         self._stacks.mask_lam(self.mask)
         live, lived = torch.stack([self.mask, before]).tolist()  # one wait for the device, however many matrices
         ranks, returned = self._counts(live), self._counts(map(operator.gt, live, lived))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .importance import METRICS, Magnitudes, Metric, Smoothed, sensitivity_
-from .stacks import P, Parts, Stacks, gradients_of, split, wide
+from .settings import Settings
+from .stacks import LAM, P, Parts, Stacks, gradients_of, split, wide
 
 
 class Scoring:
@@ -18,13 +20,23 @@ class Scoring:
         stacks: the triplets; averages lie in its order.
         metric_name: an entry of :data:`METRICS`; its name, so that models can be pickled whatever it is made of.
         beta1, beta2: decay rates of Ī and Ū.
+        per_parameter: S over the number of parameters of a triplet as saved, instead of S.
     """
 
-    def __init__(self, stacks: Stacks, metric_name: str, beta1: float, beta2: float) -> None:
+    def __init__(
+        self, stacks: Stacks, metric_name: str, beta1: float, beta2: float, per_parameter: bool = False
+    ) -> None:
         self.stacks = stacks
+        self.per_parameter = per_parameter
         self.metric_name = metric_name
         self.beta1, self.beta2 = beta1, beta2
         self.smoothed: Smoothed | None = None  # of all entries, or [sum of sizes]
+
+    @classmethod
+    def of(cls, stacks: Stacks, settings: Settings) -> Scoring:
+        """As these settings ask for."""
+        by_size = settings.rank_by == "score_per_parameter"
+        return cls(stacks, settings.metric, settings.beta1, settings.beta2, per_parameter=by_size)
 
     @property
     def metric(self) -> Metric:
@@ -62,6 +74,40 @@ class Scoring:
     @torch.no_grad()
     def scores(self, parameters: Sequence[Parts]) -> Tensor:
         """S of every triplet, matrix after matrix: [sum of sizes]."""
+        scores = self._scores(parameters)
+        return scores / self._parameters_each().to(scores) if self.per_parameter else scores
+
+    @torch.no_grad()
+    def for_allocation(self, parameters: Sequence[Parts], last: bool) -> Tensor | None:
+        """What an allocation goes by: S, or None if it should wait. Waits for the device.
+
+        As long as λ is 0, the loss has no gradient but λ's, and Ī(λ) is 0: scores then are those of the regulariser's
+        gradient, a rounding where P and Q start orthonormal. To prune by these would be to choose at random, and would
+        set directions back for nothing. The last allocation cannot wait: to it, all triplets are equal.
+        """
+        scores = self.scores(parameters)
+        known = self._of_lam(parameters) if any(part[LAM].requires_grad for part in parameters) else scores
+        if bool(known.any()):
+            return scores
+        if not last:
+            return None
+        shared_evenly()
+        return torch.zeros_like(scores)
+
+    def _of_lam(self, parameters: Sequence[Parts]) -> Tensor:
+        """Ī of every λ, or its size for metrics that go by it: [sum of sizes]."""
+        if self.metric.entries == "none" or self.smoothed is None:
+            lam = self.stacks.gather_lam(parameters)
+            return lam if self.metric.entries == "none" else torch.zeros_like(lam)
+        sensitivity = self.smoothed.sensitivity
+        return self.stacks.split(sensitivity)[0] if self.of_all_entries else sensitivity
+
+    def _parameters_each(self) -> Tensor:
+        """Parameters of every triplet: [sum of sizes]."""
+        each = torch.tensor([t.parameters_each for t in self.stacks.triplets])
+        return each.repeat_interleave(torch.tensor(self.stacks.sizes))
+
+    def _scores(self, parameters: Sequence[Parts]) -> Tensor:
         if self.metric.value is not None:
             lam = self.stacks.gather_lam(parameters).abs_()
             return self.metric.value(Magnitudes(lam, lambda: self._norms(parameters, lam)))
@@ -105,3 +151,12 @@ class Scoring:
         norms = [wide(block.gather(parameters)).norm(dim=-1) for block in self.stacks.blocks]
         _, p, q = self.stacks.by_triplet(lam, norms)
         return p, q
+
+
+def shared_evenly() -> None:
+    """Warn that a last allocation had nothing to go by."""
+    warnings.warn(
+        "at the last allocation no gradient had told triplets apart, since λ had not moved before: the budget is"
+        " shared out evenly. Was the training too short, the learning rate 0, or nothing trained?",
+        stacklevel=5,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,18 +11,26 @@ from .errors import ConfigError
 from .importance import METRICS
 from .orthogonality import KINDS, Orthogonality
 from .policy import POLICIES
-from .schedule import CURVES, Schedule, Span, to_steps
+from .schedule import CURVES, UNITS, Schedule, Span, to_steps
+from .triplets import Triplets
+
+RANKINGS = ("score", "score_per_parameter")
+"""By what triplets are ranked: S, or S over the number of parameters that are saved of a triplet."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an allocator is asked to do; lengths are steps, fractions of all steps or epochs (see :data:`Span`).
 
+    Args:
+        target_rank: average rank of a matrix at the end, which may be a fraction; None where ``budget`` is given.
+        budget: the same as a number of ``budget_unit`` of all matrices together.
+
     Raises:
         ConfigError: a value outside its range or a name that is not registered.
     """
 
-    target_rank: int
+    target_rank: float | None = None
     t_init: Span = 0.1
     t_final: Span = 0.3
     delta_t: Span = 0.01
@@ -30,6 +40,9 @@ class Settings:
     beta2: float = 0.85
     metric: str = "sensitivity_uncertainty"
     policy: str = "global_topk"
+    budget: int | None = None
+    budget_unit: str = "triplets"
+    rank_by: str = "score"
     orthogonality_weight: float = 0.1  # γ
     orthogonality: Orthogonality = "squared"
     sensitivity_at: Literal["before_step", "after_step"] = "before_step"
@@ -40,6 +53,8 @@ class Settings:
         for name, value, known in (
             ("importance", self.metric, METRICS),
             ("policy", self.policy, POLICIES),
+            ("budget_unit", self.budget_unit, UNITS),
+            ("rank_by", self.rank_by, RANKINGS),
             ("schedule", self.curve, CURVES),
             ("orthogonality", self.orthogonality, KINDS),
             ("sensitivity_at", self.sensitivity_at, ("before_step", "after_step")),
@@ -51,8 +66,15 @@ class Settings:
                 raise ConfigError(f"{name}={beta} must be at least 0 and below 1; the paper uses 0.85.")
         if not 0 <= self.orthogonality_weight < float("inf"):
             raise ConfigError(f"orth_reg_weight={self.orthogonality_weight} must be a number, 0 or above.")
-        if type(self.target_rank) is not int or self.target_rank < 1:
-            raise ConfigError(f"target_r={self.target_rank!r} must be a whole number, at least 1: an average rank.")
+        if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
+            raise ConfigError(f"budget={self.budget!r} must be a whole number of {self.budget_unit}, at least 1.")
+        if (self.budget is None) == (self.target_rank is None):
+            raise ConfigError(
+                f"give target_r (an average rank) or budget (a number of {self.budget_unit}), one of the two (given:"
+                f" target_r={self.target_rank!r}, budget={self.budget!r})."
+            )
+        if self.target_rank is not None:
+            check_rank("target_r", self.target_rank)
         if self.total_step is not None and (type(self.total_step) is not int or self.total_step < 1):
             raise ConfigError(f"total_step={self.total_step!r} must be the number of optimizer steps, at least 1.")
         for name, span in (("tinit", self.t_init), ("tfinal", self.t_final), ("deltaT", self.delta_t)):
@@ -72,16 +94,76 @@ class Settings:
         """Whether a length is in epochs, so that the schedule must wait for someone who knows theirs."""
         return any(isinstance(span, str) for span in (self.t_init, self.t_final, self.delta_t))
 
-    def schedule(self, initial_budget: int, matrices: int, total_step: int, steps_per_epoch: float | None) -> Schedule:
+    def costs(self, triplets: Sequence[Triplets]) -> list[int]:
+        """What one triplet of each matrix takes of the budget."""
+        return self.costs_of([t.parameters_each for t in triplets])
+
+    def costs_of(self, parameters: Sequence[int]) -> list[int]:
+        """The same, from the number of parameters of one triplet of each matrix."""
+        return list(parameters) if self.budget_unit == "parameters" else [1] * len(parameters)
+
+    def target(self, per_rank: int) -> int:
+        """bT.
+
+        Args:
+            per_rank: what one triplet for every matrix takes of the budget.
+        """
+        if self.budget is not None:
+            return self.budget
+        assert self.target_rank is not None
+        return math.floor(round(self.target_rank * per_rank, 6))  # 0.29 * 100 is less than 29 to a computer
+
+    def check_budgets(self, initial_budget: int, costs: Sequence[int]) -> None:
+        """Refuse budgets that no choice of triplets can meet.
+
+        Args:
+            initial_budget: b0.
+            costs: what one triplet of each matrix takes of the budget.
+
+        Raises:
+            ConfigError: bT is above b0, or holds no triplet at all.
+        """
+        target, unit, matrices = self.target(sum(costs)), self.budget_unit, len(costs)
+        said = f"target_r={self.target_rank} x {matrices} matrices" if self.budget is None else f"budget={self.budget}"
+        if initial_budget < target:
+            counts = " (or did you mean budget_unit='parameters'?)" if self.budget and unit == "triplets" else ""
+            raise ConfigError(
+                f"the initial ranks sum to {initial_budget} {unit}, below the target of {target} ({said}): AdaLoRA only"
+                f" prunes. Raise init_r (or rank_pattern) or lower {said.partition('=')[0]}{counts}."
+            )
+        if target < min(costs):
+            raise ConfigError(
+                f"a target of {target} {unit} ({said}) leaves nothing to train: the smallest triplet takes {min(costs)}"
+                f" of it. Raise {said.partition('=')[0]}, or adapt more matrices."
+            )
+
+    def schedule(self, initial_budget: int, per_rank: int, total_step: int, steps_per_epoch: float | None) -> Schedule:
+        """The lengths as steps, and the budgets.
+
+        Args:
+            initial_budget: b0, in ``budget_unit``.
+            per_rank: what one triplet for every matrix takes of the budget: in triplets, the number of matrices.
+        """
+
         def steps(span: Span, name: str) -> int:
             return to_steps(span, name=name, total_step=total_step, steps_per_epoch=steps_per_epoch)
 
         return Schedule(
             initial_budget=initial_budget,
-            target_budget=matrices * self.target_rank,
+            target_budget=self.target(per_rank),
             total_step=total_step,
             t_init=steps(self.t_init, "tinit"),
             t_final=steps(self.t_final, "tfinal"),
             delta_t=max(1, steps(self.delta_t, "deltaT")),
             curve=self.curve,
+            unit=self.budget_unit,
+        )
+
+
+def check_rank(name: str, rank: object) -> None:
+    """Raises ConfigError unless it can be an average rank: a whole number from 1, or a fraction above 0."""
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or not 0 < rank < math.inf:
+        raise ConfigError(
+            f"{name}={rank!r} must be an average rank above 0: a whole number, or a fraction such as 0.25, one triplet"
+            " for every four matrices."
         )

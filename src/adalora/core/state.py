@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import StateError
 from .importance import Smoothed
+from .settings import Settings
 from .sharded import whole
 from .stacks import split
 from .triplets import Factors, Triplets
@@ -56,11 +57,11 @@ def last_scores_of(tensors: Mapping[str, Tensor], triplets: Sequence[Triplets], 
     return torch.cat(found).to(device) if len(found) == len(parts) else None
 
 
-def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], metric: str) -> None:
+def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], settings: Settings) -> None:
     """Refuse a state that is not of this model.
 
     Raises:
-        StateError: it is of another model, metric or version, or its ranks cannot be taken over now.
+        StateError: it is of another model, metric, unit or version, or its ranks cannot be taken over now.
     """
     tensors: Mapping[str, Tensor] = state["tensors"]
     theirs, ours = {key.split("/")[0] for key in tensors}, {t.name for t in triplets}
@@ -71,11 +72,16 @@ def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], metric: st
             f"this state is of another model or other target modules: it lacks {sorted(ours - theirs)[:3]} and has"
             f" {sorted(theirs - ours)[:3]} that are not adapted here."
         )
-    if state["metric"] != metric:
-        raise StateError(
-            f"this state was made with importance={state['metric']!r}, this model has {metric!r};"
-            " train with the same importance to resume."
-        )
+    unit = state.get("budget_unit", "triplets")  # older states do not say
+    for name, theirs_is, ours_is in (
+        ("importance", state["metric"], settings.metric),
+        ("budget_unit", unit, settings.budget_unit),
+    ):
+        if theirs_is != ours_is:
+            raise StateError(
+                f"this state was made with {name}={theirs_is!r}, this model has {ours_is!r};"
+                f" train with the same {name} to resume."
+            )
     for t in triplets:
         p, _, q = factors_of(tensors, t.name)
         theirs_shape, ours_shape = (p.shape[0], *q.shape[1:]), (t.p.shape[0], *t.q.shape[1:])

@@ -88,7 +88,7 @@ class AdaLoraCallback(TrainerCallback):
         ours = allocator(kwargs["model"], self.adapter_name)
         figures = {
             "adalora/budget": ours.budget,
-            "adalora/live": ours.live,
+            "adalora/live": ours.spent,
             "adalora/orthogonality": ours.orthogonality_error(),
         }
         logs.update(figures)
@@ -105,16 +105,17 @@ class AdaLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ours = allocator(kwargs["model"], self.adapter_name)
+        unit = ours.settings.budget_unit
         if not ours.frozen:
             warnings.warn(
-                f"training ended at step {ours.step}, before pruning did: {ours.live} triplets are live and the budget"
+                f"training ended at step {ours.step}, before pruning did: {ours.spent} {unit} are live and the budget"
                 f" was {ours.target_budget}. The adapter is saved with the rank it has.",
                 stacklevel=2,
             )
-        elif ours.live > ours.target_budget:
+        elif ours.spent > ours.target_budget:
             warnings.warn(
                 f"the best checkpoint, {state.best_model_checkpoint}, lies before pruning ended: as asked for, it was"
-                f" loaded, with {ours.live} triplets where the budget was {ours.target_budget}. To stay within the"
+                f" loaded, with {ours.spent} {unit} where the budget was {ours.target_budget}. To stay within the"
                 " budget, train without load_best_model_at_end, or evaluate in the final phase alone.",
                 stacklevel=2,
             )

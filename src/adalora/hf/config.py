@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftConfig
 
 from ..core.errors import ConfigError
 from ..core.orthogonality import Orthogonality
-from ..core.schedule import Span
-from ..core.settings import Settings
+from ..core.schedule import Span, initial_rank
+from ..core.settings import Settings, check_rank
 from ..core.start import BATCHES, SWEEPS
 from ..core.triplets import INITIALIZATIONS, Initialization, automatic_gain
 from .plain_config import plain_config
@@ -39,8 +39,16 @@ class AdaLoraConfig(LoraConfig):
     training are steps (int), a fraction of all steps (float below 1) or epochs (``"2 epochs"``).
 
     Args:
-        target_r: average rank a matrix after pruning; ``r`` is read as this when it is not given.
-        init_r: rank before pruning; by default one and a half times ``target_r``, as in the paper.
+        target_r: average rank a matrix after pruning; ``r`` is read as this when it is not given. It may be a fraction:
+            with 0.25, every fourth matrix keeps a triplet.
+        init_r: rank before pruning; by default one and a half times ``target_r``, as in the paper, rounded up: a
+            fraction starts at rank 1, the least at which every matrix can be tried.
+        budget: what may live after pruning, all matrices together, as a number of ``budget_unit``; in the place of
+            ``target_r``, and with an ``init_r``.
+        budget_unit: ``triplets`` (paper) or ``parameters``, those that are saved of a triplet: ``target_r`` then stands
+            for as many as LoRA of that rank has, and what is saved is never more. What is trained beside the triplets
+            (``modules_to_save``, biases, DoRA's magnitudes) does not count.
+        rank_by: ``score``, or ``score_per_parameter``: the score of a triplet over its number of parameters.
         tinit: warm-up before pruning starts.
         tfinal: final phase, trained with the ranks fixed.
         deltaT: distance between two allocations; ``delta_t`` is read as this.
@@ -65,7 +73,9 @@ class AdaLoraConfig(LoraConfig):
         ConfigError: a value that cannot be meant, with what to do about it.
     """
 
-    target_r: int | None = field(default=None, metadata={"help": "Average rank a matrix after pruning."})
+    target_r: float | None = field(
+        default=None, metadata={"help": "Average rank a matrix after pruning; may be a fraction."}
+    )
     init_r: int | None = field(default=None, metadata={"help": "Rank of every matrix before pruning."})
     tinit: Span = field(default=0.1, metadata={"help": "Warm-up before pruning: steps, fraction or '2 epochs'."})
     tfinal: Span = field(default=0.3, metadata={"help": "Final phase with fixed ranks: steps, fraction or epochs."})
@@ -78,6 +88,13 @@ class AdaLoraConfig(LoraConfig):
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps of the whole training."})
     importance: str = field(default="sensitivity_uncertainty", metadata={"help": "Metric that scores triplets."})
     policy: str = field(default="global_topk", metadata={"help": "Who competes with whom for the budget."})
+    budget: int | None = field(default=None, metadata={"help": "The target as a number of budget_unit."})
+    budget_unit: Literal["triplets", "parameters"] = field(
+        default="triplets", metadata={"help": "What the budget counts."}
+    )
+    rank_by: Literal["score", "score_per_parameter"] = field(
+        default="score", metadata={"help": "What triplets are ranked by."}
+    )
     schedule: str = field(default="cubic", metadata={"help": "Curve from the initial to the target budget."})
     orthogonality: Orthogonality = field(default="squared", metadata={"help": "Form of the regulariser."})
     initialization: Initialization = field(default="orthonormal", metadata={"help": "Initial P and Q."})
@@ -100,6 +117,8 @@ class AdaLoraConfig(LoraConfig):
             "orthogonality": "squared",
             "importance": "sensitivity_uncertainty",
             "policy": "global_topk",
+            "budget_unit": "triplets",
+            "rank_by": "score",
             "schedule": "cubic",
             "sensitivity_at": "before_step",
             "orth_reg_weight": 0.1,
@@ -116,19 +135,24 @@ class AdaLoraConfig(LoraConfig):
                     f"delta_t={delta_t!r} and deltaT={self.deltaT!r} are two names of one field: give one."
                 )
             self.deltaT = delta_t
-        if self.target_r is None:
+        if self.budget is None and self.target_r is None:
             self.target_r = self.r
-        for name in ("target_r", "init_r"):
-            rank = getattr(self, name)
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-                raise ConfigError(f"{name}={rank!r} must be a whole number, at least 1.")
+        if self.target_r is not None:
+            check_rank("target_r", self.target_r)
+        if self.init_r is not None and (type(self.init_r) is not int or self.init_r < 1):
+            raise ConfigError(f"init_r={self.init_r!r} must be a whole number, at least 1.")
         if self.init_r is None:
-            self.init_r = math.ceil(1.5 * self.target_r)
-        if self.init_r < self.target_r:
+            if self.target_r is None:
+                raise ConfigError(
+                    f"budget={self.budget} does not say at which rank to start: give init_r, the rank of every matrix"
+                    " before pruning."
+                )
+            self.init_r = initial_rank(self.target_r)
+        if self.target_r is not None and self.init_r < self.target_r:
             raise ConfigError(
                 f"init_r={self.init_r} is smaller than target_r={self.target_r}: AdaLoRA starts at init_r and prunes"
-                f" down to target_r. Use init_r={math.ceil(1.5 * self.target_r)} (half as much again, as the paper)"
-                f" or init_r={self.target_r} for no pruning."
+                f" down to target_r. Use init_r={initial_rank(self.target_r)} (half as much again, as the paper)"
+                f" or init_r={math.ceil(self.target_r)} for no pruning."
             )
         if self.r not in (self.init_r, self.target_r, _default("r")):
             raise ConfigError(
@@ -155,7 +179,7 @@ class AdaLoraConfig(LoraConfig):
         if self.kernel not in KERNELS:
             raise ConfigError(f"kernel={self.kernel!r} is not known; choose one of {sorted(KERNELS)}.")
         settings = self.settings()  # checks the rest
-        if settings.total_step and self.init_r > self.target_r and not settings.counts_epochs:
+        if settings.total_step and self.target_r and self.init_r > self.target_r and not settings.counts_epochs:
             settings.schedule(self.init_r, 1, settings.total_step, None)  # a step must be left for pruning
         super().__post_init__()  # type: ignore[no-untyped-call]
         # of the adapter that was made by this configuration: its ranks in a file
@@ -175,7 +199,6 @@ class AdaLoraConfig(LoraConfig):
 
     def settings(self) -> Settings:
         """What the allocator is asked to do."""
-        assert self.target_r is not None
         return Settings(
             target_rank=self.target_r,
             t_init=self.tinit,
@@ -187,6 +210,9 @@ class AdaLoraConfig(LoraConfig):
             beta2=self.beta2,
             metric=self.importance,
             policy=self.policy,
+            budget=self.budget,
+            budget_unit=self.budget_unit,
+            rank_by=self.rank_by,
             orthogonality_weight=self.orth_reg_weight,
             orthogonality=self.orthogonality,
             sensitivity_at=self.sensitivity_at,

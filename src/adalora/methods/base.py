@@ -65,7 +65,8 @@ class Method(Protocol):
 
     def with_budget(self, model: PreTrainedModel, recipe: Recipe, parameters: int) -> Recipe:
         """The recipe with the rank or width whose adapter, as saved and without the output layer, comes nearest to
-        so many parameters. The model is left as it was. RecipeError when even the smallest has twice as many."""
+        so many parameters; of a method that can divide any number, with at most so many. The model is left as it was.
+        RecipeError when even the smallest has twice as many, or more than so many where any number can be divided."""
         ...
 
     def adapt(self, model: PreTrainedModel, job: Job) -> Adapted:

@@ -151,6 +151,8 @@ def settings_of(section: AdaLoraSection) -> Settings:
         beta2=section.beta2,
         metric=section.importance,
         policy=section.policy,
+        budget_unit=section.budget_unit,
+        rank_by=section.rank_by,
     )
 
 
@@ -172,6 +174,8 @@ def header(sizes: Mapping[str, int], initial_rank: int, schedule: Schedule, sett
         "triplet_parameters": list(sizes.values()),
         "budget": {"initial": schedule.initial_budget, "target": schedule.target_budget},
         "schedule": asdict(schedule),
+        "budget_unit": settings.budget_unit,
+        "rank_by": settings.rank_by,
         "importance": settings.metric,
         "policy": settings.policy,
     }

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..core.policy import POLICIES
 from ..core.regulariser import Regulariser
 from ..core.schedule import Schedule
-from ..core.scoring import Scoring
+from ..core.scoring import Scoring, shared_evenly
 from ..core.settings import Settings
 from ..core.stacks import Stacks
 from ..core.state import averages_of
@@ -93,8 +93,10 @@ class LoraPruned(AdaLora):
                 " prune: exclude it"
             )
         settings = settings_of(section)
-        doublets = sum(layer.r[ADAPTER] for layer in layers.values())
-        schedule = settings.schedule(doublets, len(layers), job.total_steps, job.steps_per_epoch)
+        costs = settings.costs_of([parameters_each(layer) for layer in layers.values()])
+        initial = section.init_r * sum(costs)
+        settings.check_budgets(initial, costs)
+        schedule = settings.schedule(initial, sum(costs), job.total_steps, job.steps_per_epoch)
         pruner = Pruner(layers, settings, schedule)
 
         def save(folder: Path) -> None:
@@ -104,7 +106,7 @@ class LoraPruned(AdaLora):
             model=adapted,
             save=save,
             callbacks=[BudgetCallback(pruner, job.trace)],
-            schedule=schedule.describe(len(layers)).replace("triplets", "doublets"),
+            schedule=schedule.describe(sum(costs)).replace("triplets", "doublets"),
             header=pruner.header,
             ranks=pruner.ranks,
         )
@@ -131,14 +133,15 @@ class Pruner:
     Args:
         layers: the adapted layers by name; the order is the order of ties and of the trace.
         settings: importance and policy.
-        schedule: step -> budget, in doublets.
+        schedule: step -> budget, in doublets or parameters.
     """
 
     def __init__(self, layers: Mapping[str, LoraLayer], settings: Settings, schedule: Schedule) -> None:
         self.layers = dict(layers)
         self.settings, self.schedule = settings, schedule
         self.step = 0
-        self.mask = torch.ones(schedule.initial_budget, dtype=torch.bool)
+        self.doublets = [parameters_each(layer) for layer in self.layers.values()]
+        self.mask = torch.ones(sum(self.sizes), dtype=torch.bool)
         self._scoring: Scoring | None = None
         self._kept: list[Tensor] = []  # for every A and B: which of its doublets live, in its type; empty: all do
 
@@ -159,9 +162,7 @@ class Pruner:
 
     def header(self) -> dict[str, Any]:
         """See :class:`Budgeted`, as all that follows."""
-        sizes = {
-            name: sum(w.numel() for w in _weights(layer)) // layer.r[ADAPTER] for name, layer in self.layers.items()
-        }
+        sizes = dict(zip(self.layers, self.doublets, strict=True))
         return header(sizes, self.sizes[0], self.schedule, self.settings)
 
     def before_step(self) -> None:
@@ -175,8 +176,14 @@ class Pruner:
         self.step += 1
         due = self.schedule.allocates(self.step)
         scores = self._scores() if due else None
+        if scores is not None and not bool((scores > 0).any()):  # B is still 0, and with it every sensitivity
+            if self.schedule.is_final(self.step):
+                shared_evenly()
+            else:
+                scores = None
         if scores is not None:
-            self._keep(POLICIES[self.settings.policy](scores, self.schedule.budget(self.step), self.sizes))
+            budget, policy = self.schedule.budget(self.step), POLICIES[self.settings.policy]
+            self._keep(policy(scores, budget, self.sizes, self.settings.costs_of(self.doublets)))
         self._hold()
         if scores is None:
             return None
@@ -200,7 +207,7 @@ class Pruner:
         """Made when training begins, since by then the model is where it is trained."""
         if self._scoring is None:
             stacks = Stacks([_as_triplets(name, *_weights(layer)) for name, layer in self.layers.items()])
-            self._scoring = Scoring(stacks, self.settings.metric, self.settings.beta1, self.settings.beta2)
+            self._scoring = Scoring.of(stacks, self.settings)
             self.mask = self.mask.to(stacks.device)
         return self._scoring
 
@@ -230,6 +237,11 @@ class Pruner:
         last = Allocation.rounded(known) if self.schedule.is_final(self.step) else None
         none = [0] * len(self.layers)  # pruned for good
         return Allocation(self.step, self.schedule.budget(self.step), list(self.ranks().values()), none, error, last)
+
+
+def parameters_each(layer: LoraLayer) -> int:
+    """Parameters of one doublet."""
+    return int(sum(w.numel() for w in _weights(layer)) // layer.r[ADAPTER])
 
 
 def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

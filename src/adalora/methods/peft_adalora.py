@@ -35,8 +35,8 @@ from ..core.schedule import Schedule
 from ..core.settings import Settings
 from ..core.trace import Allocation
 from ..hf.convert import convert
-from ..recipe import RecipeError
-from .adalora import AdaLora
+from ..recipe import Recipe, RecipeError
+from .adalora import AdaLora, at_nearest_rank, whole_rank
 from .base import Adapted, Job, head_modules, register
 from .budgeted import ADAPTER, BudgetCallback, check_keys, header, scale_of, settings_of
 from .sizes import with_adapter
@@ -44,6 +44,8 @@ from .sizes import with_adapter
 PEFTS: dict[str, object] = {
     "importance": "sensitivity_uncertainty",
     "policy": "global_topk",
+    "budget_unit": "triplets",
+    "rank_by": "score",
     "schedule": "cubic",
     "orthogonality": "frobenius",
     "initialization": "gaussian",
@@ -61,13 +63,18 @@ PATTERN = "pattern/"
 
 @register("peft_adalora")
 class PeftAdaLora(AdaLora):
-    """``peft.AdaLoraModel``. Budget and loading are those of our own AdaLoRA."""
+    """``peft.AdaLoraModel``, whose budget counts triplets: the rank whose LoRA comes nearest. Loading is AdaLoRA's."""
+
+    def with_budget(self, model: PreTrainedModel, recipe: Recipe, parameters: int) -> Recipe:
+        """The rank whose LoRA comes nearest."""
+        return at_nearest_rank(model, recipe, parameters)
 
     def adapt(self, model: PreTrainedModel, job: Job) -> Adapted:
         """PEFT's layers on every target, and a callback that calls what users must."""
         section = job.recipe.adalora
         check_keys(section, "peft_adalora", PEFTS)
         assert section.init_r is not None  # filled in when it was validated
+        target_r = whole_rank(section, "peft_adalora")
         if section.init_r <= section.target_r:
             raise RecipeError(
                 f"adalora.init_r: PEFT's AdaLoRA only works when there is something to prune, so init_r should be above"
@@ -80,7 +87,7 @@ class PeftAdaLora(AdaLora):
         one = settings.schedule(section.init_r, 1, job.total_steps, job.steps_per_epoch)  # of a single matrix
         config = PeftAdaLoraConfig(
             task_type=job.task_type,
-            target_r=section.target_r,
+            target_r=target_r,
             init_r=section.init_r,
             lora_alpha=scale_of(section) * (section.init_r + EPSILON),  # type: ignore[arg-type]  # it only divides it
             lora_dropout=section.lora_dropout,

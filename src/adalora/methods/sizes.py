@@ -4,6 +4,7 @@ were, and no memory is taken."""
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from typing import Any
@@ -24,19 +25,21 @@ Modules = str | list[str] | None
 def parse_budget(budget: int | str, model: PreTrainedModel, recipe: Recipe) -> int:
     """The recipe's ``budget`` in parameters. ``rank 8``: as many as LoRA of rank 8 has on the matrices that the
     recipe's method adapts; for a method that does not adapt single matrices, on those that the section ``lora`` names.
+    ``rank 0.25``: a quarter of what it has at rank 1, rounded down.
 
     Raises:
         RecipeError: neither a number of parameters nor a rank, or target modules that match nothing.
     """
     if isinstance(budget, int) and budget >= 1:
         return budget
-    rank = re.fullmatch(r"rank\s+([1-9]\d*)", str(budget).strip())
+    rank = re.fullmatch(r"rank\s+(?=.*[1-9])(\d+(?:\.\d+)?|\.\d+)", str(budget).strip())
     if rank is None:
         raise RecipeError(
-            f"budget: should be a number of parameters (330000), or a rank (`rank 8`) (given: {budget!r})"
+            f"budget: should be a number of parameters (330000), or a rank (`rank 8`, `rank 0.25`) (given: {budget!r})"
         )
     section = recipe.adalora if get(recipe.method).section == "adalora" else recipe.lora
-    return lora_parameters(model, section.target_modules, section.exclude_modules, int(rank[1]))
+    one = lora_parameters(model, section.target_modules, section.exclude_modules, 1)
+    return math.floor(round(float(rank[1]) * one, 6))
 
 
 def rank_for(
@@ -92,11 +95,30 @@ def lora_parameters(
     Raises:
         RecipeError: the target modules match nothing.
     """
+    return sum(_parameters(model, target_modules, exclude_modules, rank, **lora).values())
+
+
+def triplet_parameters(
+    model: PreTrainedModel, target_modules: str | list[str], exclude_modules: Modules
+) -> dict[str, int]:
+    """Parameters of one triplet of each matrix, by the name of its module. RecipeError when nothing matches."""
+    return _parameters(model, target_modules, exclude_modules, 1)
+
+
+def _parameters(
+    model: PreTrainedModel, target_modules: str | list[str], exclude_modules: Modules, rank: int, **lora: Any
+) -> dict[str, int]:
+    """What LoRA of this rank trains in each module."""
     config = LoraConfig(r=rank, target_modules=target_modules, exclude_modules=exclude_modules, **lora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is to be said of the configuration is said where it is used
         adapted = with_adapter(body_without_weights(model), config, low_cpu_mem_usage=True)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    found: dict[str, int] = {}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            module = name.partition(".lora_")[0]
+            found[module] = found.get(module, 0) + parameter.numel()
+    return found
 
 
 def with_adapter(model: nn.Module, config: LoraConfig, **settings: Any) -> PeftModel:
