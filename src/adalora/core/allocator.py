@@ -132,6 +132,16 @@ class Allocator:
         self._refresh()
         return int(self.mask.sum())
 
+    @property
+    def untrained(self) -> bool:
+        """Whether every λ is 0, so that P and Q are free to choose."""
+        return not any(bool(whole(t.lam).any()) for t in self.triplets)
+
+    @property
+    def awaits_start(self) -> bool:
+        """Whether P and Q have still to be found from the loss's gradient. Those of a trained adapter stay."""
+        return self.settings.gradient_start and not self.started and self.step == 0 and self.untrained
+
     def ranks(self) -> dict[str, int]:
         """Live triplets of each matrix, by name."""
         self._refresh()
@@ -231,7 +241,7 @@ class Allocator:
                 " adalora.allocator(model).plan(total_step, steps_per_epoch) in a loop of your own; loops that call"
                 " update_and_allocate(step) after each optimizer step may give tfinal in steps instead.)"
             )
-        if self.settings.gradient_start and not self.started and self.step == 0:
+        if self.awaits_start:
             raise StateError(
                 "this adapter's P and Q are to start from the loss's gradient, which nobody has looked at yet: call"
                 " adalora.start(model, batches) before the first step (AdaLoraCallback does under a Trainer), or make"

@@ -40,7 +40,7 @@ class Directions(NamedTuple):
     left: Tensor  # [d_out, k], orthonormal columns
     values: Tensor  # σ, [k]
     right: Tensor  # [k, d_in], orthonormal rows
-    square: float  # ‖G‖_F², an unbiased estimate by the first K random rows
+    square: float  # ‖G‖_F², estimated
 
     @property
     def share(self) -> float:
@@ -56,9 +56,10 @@ class Sketch:
         d_out: rows of G.
         right_shape: of one row of Q: [d_in], or [in, *kernel] of a convolution.
         rank: triplets wanted.
-        apply: (x, Q) -> Q x, as the layer does it.
-        triplet_dim: where its result counts triplets, and the layer's output counts outputs: -1; of a convolution 1.
+        apply: (x, Q) -> Q x, as the layer does it; the dimension of its result that counts triplets, and that of the
+            layer's output which counts outputs, is as far from the end as ``right_shape`` is long.
         is_linear: ``apply`` is x Qᵀ, whose transpose is known.
+        oversampling: K is the rank and so many.
     """
 
     def __init__(
@@ -68,55 +69,71 @@ class Sketch:
         rank: int,
         apply: Apply,
         device: torch.device,
-        triplet_dim: int = -1,
         is_linear: bool = True,
+        oversampling: int = OVERSAMPLING,
     ) -> None:
         self.d_out, self.right_shape, self.d_in = d_out, tuple(right_shape), math.prod(right_shape)
-        self.apply, self.device, self.triplet_dim, self.is_linear = apply, device, triplet_dim, is_linear
-        self.size = min(rank + OVERSAMPLING, d_out, self.d_in)  # K
+        self.apply, self.device, self.is_linear = apply, device, is_linear
+        self.size = min(rank + oversampling, d_out, self.d_in)  # K
         self.rank = min(rank, self.size)
         self.left: Tensor | None = None  # P, [d_out, K]: what is summed is then Pᵀ G
         self.right = torch.empty(0)  # Q, [K, d_in]
+        self.probed: Tensor | None = None  # G Qᵀ of the first, random Q: [d_out, K]
         self.sum = torch.empty(0)
         self.found: Directions | None = None
 
     def begin(self, generator: torch.Generator) -> None:
         """K random orthonormal rows."""
-        basis, _ = torch.linalg.qr(torch.randn(self.d_in, self.size, generator=generator))
-        self.right = basis.T.to(self.device)
+        random = torch.randn(self.d_in, self.size, generator=generator, dtype=torch.float32, device="cpu")
+        self.right = torch.linalg.qr(random).Q.T.to(self.device)
 
     def clear(self) -> None:
         shape = (self.d_out, self.size) if self.left is None else (self.size, self.d_in)
-        self.sum = torch.zeros(shape, device=self.device)
+        self.sum = torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def add(self, x: Tensor, g: Tensor) -> None:
         """Take in one backward pass, in float32: the input of the layer and the gradient of its output."""
-        x = x.float() if x.is_floating_point() else x
-        g = g.float().movedim(self.triplet_dim, -1).reshape(-1, self.d_out)
-        if self.left is None:
-            h = self._product(x, self.right).movedim(self.triplet_dim, -1)
-            self.sum += g.T @ h.reshape(-1, self.size)
-        elif self.is_linear:
-            self.sum += (g @ self.left).T @ x.reshape(-1, self.d_in)
-        else:
-            self.sum += self._transposed(x, g @ self.left)
+        with torch.autocast(g.device.type, enabled=False):
+            x = x.float() if x.is_floating_point() else x
+            g = self._flat(g.float(), self.d_out)
+            if self.left is None:
+                self.sum += g.T @ self._flat(self._product(x, self.right), self.size)
+            elif self.is_linear:
+                self.sum += (g @ self.left).T @ x.reshape(-1, self.d_in)
+            else:
+                self.sum += self._transposed(x, g @ self.left)
 
+    @torch.no_grad()
     def settle(self, weight: float) -> None:
         """After a sweep over batches of this weight together: the next P, or the next Q and what has been found."""
-        mean = self.sum / weight
-        self.sum = torch.empty(0)
-        if self.left is None:
-            if self.found is None:  # the rows are random: E‖G Qᵀ‖² = ‖G‖² K / d_in
-                square = float(mean.square().sum()) * self.d_in / self.size
-                self.found = Directions(mean, mean[0], mean, square)  # its triplets are filled in below
-            self.left, _ = torch.linalg.qr(mean / mean.abs().amax().clamp_min(torch.finfo(mean.dtype).tiny))
-            return
-        u, values, self.right = torch.linalg.svd(mean, full_matrices=False)
-        assert self.found is not None
-        k = self.rank
-        self.found = Directions((self.left @ u)[:, :k], values[:k], self.right[:k], self.found.square)
-        self.left = None
+        with torch.autocast(self.device.type, enabled=False):
+            mean = self.sum / weight
+            self.sum = torch.empty(0)
+            if self.left is None:
+                self.probed = mean if self.probed is None else self.probed
+                self.left = torch.linalg.qr(mean / mean.abs().amax().clamp_min(torch.finfo(mean.dtype).tiny)).Q
+                return
+            u, values, self.right = torch.linalg.svd(mean, full_matrices=False)
+            k, square = self.rank, self._square(values, again=self.found is not None)
+            self.found = Directions((self.left @ u)[:, :k], values[:k], self.right[:k], square)
+            self.left = None
+
+    def _square(self, values: Tensor, again: bool) -> float:
+        """‖G‖_F²: of what P spans it is known, of the rest random rows say it, E‖R Qᵀ‖² = ‖R‖² K / d_in.
+
+        The first P has been made of these very rows, which then speak for all of G.
+        """
+        assert self.probed is not None and self.left is not None
+        known, times = float(values.square().sum()), self.d_in / self.size
+        if not again:
+            return max(known, float(self.probed.square().sum()) * times)
+        rest = self.probed - self.left @ (self.left.T @ self.probed)
+        return known + float(rest.square().sum()) * times
+
+    def _flat(self, tensor: Tensor, size: int) -> Tensor:
+        """[n, size], of a tensor with the dimension of this size in its place."""
+        return tensor.movedim(-len(self.right_shape), -1).reshape(-1, size)
 
     def _product(self, x: Tensor, right: Tensor) -> Tensor:
         return self.apply(x, right.view(-1, *self.right_shape))
@@ -124,27 +141,29 @@ class Sketch:
     def _transposed(self, x: Tensor, v: Tensor) -> Tensor:
         """What autograd knows of the layer's own product: Σ vᵀ x, [K, d_in], for v of [n, K]."""
         with torch.enable_grad():
-            right = torch.zeros(self.size, self.d_in, device=v.device, requires_grad=True)
-            h = self._product(x, right)
-            (found,) = torch.autograd.grad(h.movedim(self.triplet_dim, -1).reshape(-1, self.size), right, v)
+            right = torch.zeros(self.size, self.d_in, dtype=torch.float32, device=v.device, requires_grad=True)
+            (found,) = torch.autograd.grad(self._flat(self._product(x, right), self.size), right, v)
         return found
 
 
 class Look(Function):
-    """A layer's output, unchanged to the bit, whose gradient a sketch sees on its way back."""
+    """A layer's output, unchanged to the bit, whose gradient a sketch sees on its way back.
+
+    It is a copy: what follows may write into it, as an activation in place does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, sketch: Sketch) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, sketch: Sketch | None = None, x: Tensor | None = None) -> Tensor:
         """``anchor``: a number that requires a gradient, so that ``y`` does where nothing before it is trained."""
-        ctx.save_for_backward(x)
         ctx.sketch = sketch
-        return y.view_as(y)
+        if x is not None:
+            ctx.save_for_backward(x)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            ctx.sketch.add(x, g)
+        if ctx.sketch is not None:
+            ctx.sketch.add(*ctx.saved_tensors, g)
         return g, None, None, None
 
 
@@ -158,7 +177,7 @@ def find_directions(
     Args:
         sketches: one a matrix, where :class:`Look` feeds them.
         look: goes forwards and backwards through all batches, with every loss multiplied by what it is given; returns
-            their number.
+            how many had one.
         sweeps: how often it does: an even number. Each pair multiplies by Gᵀ G once more.
 
     Returns:
@@ -166,10 +185,12 @@ def find_directions(
 
     Raises:
         ConfigError: ``sweeps`` is not an even number of at least 2.
-        StateError: a gradient is not finite.
+        StateError: no batch has a loss, or a gradient is not finite.
     """
     if type(sweeps) is not int or sweeps < 2 or sweeps % 2:
         raise ConfigError(f"start_sweeps={sweeps!r} must be an even number, at least 2: a pair looks at both sides.")
+    if not sketches:
+        return []
     generator = torch.Generator().manual_seed(0)  # nobody else's random state moves
     for sketch in sketches:
         sketch.begin(generator)
@@ -178,7 +199,7 @@ def find_directions(
         while True:
             for sketch in sketches:
                 sketch.clear()
-            batches = _over_processes(sketches, look(scale))
+            batches = _look_everywhere(sketches, look, scale)
             if all(bool(sketch.sum.isfinite().all()) for sketch in sketches):
                 break
             if scale == 1:
@@ -189,12 +210,39 @@ def find_directions(
     return [s.found if s.found is not None and bool(s.found.values.any()) else None for s in sketches]
 
 
-def _over_processes(sketches: Sequence[Sketch], batches: int) -> int:
+def _look_everywhere(sketches: Sequence[Sketch], look: Callable[[float], int], scale: float) -> int:
     """Sums over all processes of a distributed training; the number of their batches."""
+    batches, error = 0, None
+    try:
+        batches = look(scale)
+    except Exception as caught:  # of whatever kind: the others would wait for this process's sums
+        error = caught
+    batches, failed = over_processes([batches, error is not None], sketches[0].device)
+    if error is not None:
+        raise error
+    if failed:
+        raise StateError(
+            f"{failed} other process{'es' * (failed > 1)} of this training could not look at the gradient; the model is"
+            " as it was."
+        )
+    if not batches:
+        raise StateError("none of the batches has a label that counts, so there is no gradient to start from.")
+    if _processes() > 1:
+        for sketch in sketches:
+            torch.distributed.all_reduce(sketch.sum)
+    return batches
+
+
+def over_processes(counts: Sequence[int], device: torch.device) -> list[int]:
+    """Each count summed over the processes of a distributed training; as they are without one."""
+    if _processes() == 1:
+        return list(counts)
+    summed = torch.tensor([int(count) for count in counts], device=device)
+    torch.distributed.all_reduce(summed)
+    return summed.tolist()
+
+
+def _processes() -> int:
     distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return batches
-    count = torch.tensor(float(batches), device=sketches[0].device)
-    for tensor in (count, *(sketch.sum for sketch in sketches)):
-        distributed.all_reduce(tensor)
-    return int(count)
+    alone = not distributed.is_available() or not distributed.is_initialized()
+    return 1 if alone else distributed.get_world_size()

@@ -62,7 +62,8 @@ def upgrade(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> Alloc
         model: with the LoRA adapter in it, however it came there (PEFT, or ``add_adapter`` of Transformers).
         adapter_name: of the adapter.
         config: says the budget and the schedule. What an adapter is made of (ranks, scale, targets, ...) stays the
-            adapter's own; ``init_r`` is its rank.
+            adapter's own; ``init_r`` is its rank. ``initialization`` is for an adapter that has learned nothing yet:
+            the directions of a trained one are what it has learned, and no gradient is looked at.
 
     Raises:
         StateError: there is no such adapter, it is AdaLoRA's already, or it is frozen.

@@ -59,7 +59,7 @@ class AdaLoraCallback(TrainerCallback):
                 f" the schedule is laid out over {state.max_steps}. Leave total_step out when you use AdaLoraCallback.",
                 stacklevel=2,
             )
-        if ours.settings.gradient_start and not ours.started and ours.step == 0:
+        if ours.awaits_start:
             self._start(model)
         ours.plan(state.max_steps, _steps_per_epoch(args, state, kwargs.get("train_dataloader")))
         if self.trace_path is not None and state.is_world_process_zero:

@@ -7,23 +7,26 @@ see the gradients come back. Parameters stand still, so no ``.grad`` is made.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from transformers import Trainer, TrainerCallback
 
-from ..core.errors import StateError
+from ..core.errors import ConfigError, StateError
 from ..core.sharded import is_sharded, like, whole
-from ..core.start import SWEEPS, Directions, Look, Sketch, find_directions
+from ..core.start import SWEEPS, Directions, Look, Sketch, find_directions, over_processes
 from .adapters import allocator
 from .kernels import NOT_LINEAR
 from .layers import CONVOLUTIONS, adapted_layers, adapter_names, projection
@@ -36,9 +39,9 @@ class Seen(NamedTuple):
     """What a look at the gradient found."""
 
     directions: dict[str, Directions]  # of each adapted module that has a gradient, by its name
-    without: list[str]  # names of those that have none on these batches
-    rows: int
-    batches: int
+    without: list[str]  # names of those that have none on these batches, or whose update is no product
+    rows: int  # that had a loss, of all processes
+    batches: int  # of this process
     sweeps: int
 
     @property
@@ -74,11 +77,14 @@ def look_at_gradient(
     sketches = {name: sketch for name, sketch in sketched.items() if sketch is not None}
     anchor = torch.zeros((), requires_grad=True)
     loss = loss or _loss_of_model
+    rows = 0
 
     def look(scale: float) -> int:
-        count = 0
+        nonlocal rows
+        count = rows = 0
         for batch in batches:
             value = loss(model, batch)
+            _check_loss(value)
             if not bool(torch.isfinite(value.detach()).all()):
                 if _without_labels(batch):
                     continue
@@ -87,12 +93,10 @@ def look_at_gradient(
                     " to start from. Look at the batch and the loss; the model is as it was."
                 )
             (value * scale).backward()  # type: ignore[no-untyped-call]
-            count += 1
-        if not count:
-            raise StateError("none of the batches has a label that counts, so there is no gradient to start from.")
+            count, rows = count + 1, rows + _rows(batch)
         return count
 
-    with _standing_still(model), _hooks(layers, sketches, anchor):
+    with _standing_still(model, anchor), _hooks(layers, sketches, anchor), torch.enable_grad():
         found = find_directions(list(sketches.values()), look, sweeps)
     directions = {name: part for name, part in zip(sketches, found, strict=True) if part is not None}
     if not directions:
@@ -100,7 +104,8 @@ def look_at_gradient(
             "no adapted layer has a gradient on these batches: is the adapter part of what the loss depends on?"
         )
     without = [name for name in layers if name not in directions]
-    return Seen(directions, without, sum(map(_rows, batches)), len(batches), sweeps)
+    (rows,) = over_processes([rows], next(iter(sketches.values())).device)
+    return Seen(directions, without, rows, len(batches), sweeps)
 
 
 def start(
@@ -116,11 +121,13 @@ def start(
 
     Call it before the first optimizer step; ``AdaLoraCallback`` does under a Trainer. Λ stays 0, so the model computes
     to the bit what it did. It costs ``sweeps`` forward and backward passes over the batches, and the memory of an
-    adapter of rank ``init_r`` + 6.
+    adapter of rank ``init_r`` + 6. Modes, gradients, random states and the order of a data loader stay as they were.
 
     Args:
-        model: with the adapter in it, where it will train (device, autocast, gradient checkpointing).
-        batches: training batches, such as a data loader's; the first ``number`` are looked at.
+        model: with the adapter in it, where it will train (device, autocast, gradient checkpointing); of a
+            distributed training also the wrapped one, in every process with batches of its own.
+        batches: training batches, such as a data loader's; the first ``number`` are looked at. Those that a generator
+            has given are gone.
         loss: (model, batch) -> the batch's loss; by default ``model(**batch).loss``.
         adapter_name: may be left out when the model has one AdaLoRA adapter.
         number: of batches; by default the configuration's ``start_batches``.
@@ -133,21 +140,29 @@ def start(
     Raises:
         StateError: training has begun already, no batch has a loss, or one is not finite; the model is as it was.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     ours = allocator(model, adapter_name)
     name = adapter_name or adapter_names(model)[0]
-    config: Any = model.peft_config[name]  # type: ignore[index]
-    if ours.step or any(bool(t.lam.any()) for t in ours.triplets):
+    config = _config(model, name)
+    number = config.start_batches if number is None else number
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConfigError(f"number={number!r} of batches must be a whole number, at least 1.")
+    if ours.step or not ours.untrained:
         raise StateError(
             "adalora.start comes before the first optimizer step: this adapter has been trained already, and its"
             " triplets would be lost."
         )
-    chosen = list(islice(batches, config.start_batches if number is None else number))
+    layers = dict(adapted_layers(model, name))
+    if all(name not in layer.active_adapters for layer in layers.values()):
+        raise StateError(f"the adapter {name!r} is not active: model.set_adapter({name!r}) before adalora.start.")
+    parameters = list(model.parameters())
+    with _random_states(parameters), _order_kept(batches):
+        chosen = list(islice(batches, number))
     if not chosen:
         raise StateError("adalora.start was given no batches.")
-    layers = dict(adapted_layers(model, name))
     members = dict(zip(layers, ours.triplets, strict=True))
     ranks = {full: t.rank for full, t in members.items()}
-    seen = look_at_gradient(model, layers, name, ranks, chosen, loss, sweeps or config.start_sweeps)
+    seen = look_at_gradient(model, layers, name, ranks, chosen, loss, config.start_sweeps if sweeps is None else sweeps)
     for full, found in seen.directions.items():
         p, _, q = members[full].parameters
         k = len(found.values)
@@ -159,8 +174,8 @@ def start(
     if seen.without:
         names = [members[full].name for full in seen.without]
         warnings.warn(
-            f"{len(names)} of {len(layers)} matrices have no gradient on the {seen.rows} rows looked at, so their"
-            f" directions start at random: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
+            f"{len(names)} of {len(layers)} matrices have no gradient of their own on the {seen.rows} rows looked"
+            f" at, so their directions start at random: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
             stacklevel=2,
         )
     ours.started = {
@@ -180,7 +195,14 @@ def start_under(trainer: Trainer, model: nn.Module, adapter_name: str | None = N
     Raises:
         StateError: as :func:`start`.
     """
-    seen_so_far = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's trainers log what they see of every batch
+    rows = trainer.train_dataset
+    if rows is not None and isinstance(rows, Iterator):
+        raise StateError(
+            "the training set can be gone through once, and initialization='gradient' would take its first rows away"
+            " from the training: give a data set that can be begun again, or call adalora.start(model, batches) with"
+            " rows of your choice before training."
+        )
+    figures = {key: copy.deepcopy(value) for key, value in vars(trainer).items() if _is_figures(value)}
     prepared = list(trainer.accelerator._dataloaders)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -196,8 +218,16 @@ def start_under(trainer: Trainer, model: nn.Module, adapter_name: str | None = N
             trainer.accelerator._dataloaders[:] = prepared
             if hasattr(loader, "end"):  # Accelerate counts a loader as being gone through until it ends
                 loader.end()
-            if seen_so_far is not None:
-                vars(trainer)["_metrics"] = seen_so_far
+            vars(trainer).update(figures)  # TRL's trainers log what they see of every batch
+
+
+def _is_figures(value: Any) -> bool:
+    """Whether this is numbers and containers of numbers alone, which a trainer counts and logs."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_figures(part) for key, part in value.items())
+    if isinstance(value, (list, tuple, deque)):
+        return all(map(_is_figures, value))
+    return isinstance(value, (int, float))
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:
@@ -227,11 +257,10 @@ def _sketch(layer: LoraLayer, adapter_name: str, rank: int) -> Sketch | None:
     if len(shape) == 1:
         return Sketch(b.shape[0], shape, rank, F.linear, b.device)
     if type(a) in CONVOLUTIONS:  # plain LoRA's
-        kind, stride, padding = CONVOLUTIONS[type(a)], a.stride, a.padding
-        return Sketch(
-            b.shape[0], shape, rank, lambda x, q: kind(x, q, stride=stride, padding=padding), b.device, 1, False
-        )
-    return Sketch(b.shape[0], shape, rank, projection(layer, adapter_name).apply_vectors, b.device, 1, False)
+        apply: Any = functools.partial(CONVOLUTIONS[type(a)], stride=a.stride, padding=a.padding)
+    else:
+        apply = projection(layer, adapter_name).apply_vectors
+    return Sketch(b.shape[0], shape, rank, apply, b.device, is_linear=False)
 
 
 def _looked_up(x: Tensor, right: Tensor) -> Tensor:
@@ -244,57 +273,63 @@ def _hooks(layers: Mapping[str, LoraLayer], sketches: Mapping[str, Sketch], anch
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
                 return y
-            x = args[0] if args else next(iter(kwargs.values()))
-            looked: Tensor = Look.apply(y, x, anchor.to(y.device), sketch)  # type: ignore[no-untyped-call]
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            looked: Tensor = Look.apply(y, anchor.to(y.device), sketch, x.detach())  # type: ignore[no-untyped-call]
             return looked
 
         return after
 
-    handles = [
-        layer.register_forward_hook(hook(sketches[name]), with_kwargs=True)  # type: ignore[attr-defined]
-        for name, layer in layers.items()
-        if name in sketches
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, sketch in sketches.items():
+            layer: Any = layers[name]
+            stack.callback(layer.register_forward_hook(hook(sketch), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _standing_still(model: nn.Module) -> Iterator[None]:
+def _standing_still(model: nn.Module, anchor: Tensor) -> Iterator[None]:
     """Without dropout, and without gradients of parameters. Modes, gradients, random states come back as they were."""
-    modules = [(module, module.training) for module in model.modules()]
-    dropped: list[tuple[nn.Module, str, Any]] = []
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [parameter.grad for parameter in trained]
     sharded = any(map(is_sharded, parameters))  # FSDP learns at its first pass what is trained
-    try:
-        for module, training in modules:
+    with ExitStack() as stack:
+        stack.enter_context(_random_states(parameters))
+        if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or any(
+            type(module).__name__ == "OptimizedModule" for module in model.modules()
+        ):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not see new hooks
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
             # what recomputes its activations does so in training mode alone
-            keeps = training and bool(getattr(module, "gradient_checkpointing", False))
+            keeps = module.training and bool(vars(module).get("gradient_checkpointing", False))
             module.training = keeps
-            if keeps:
-                rates = [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
-                dropped += [(module, key, getattr(module, key)) for key in rates]
-                for key in rates:
-                    setattr(module, key, 0.0)
-        for parameter in trained:
-            parameter.grad = None
-            if not sharded:
-                parameter.requires_grad_(False)
-        with _random_states(parameters):
-            yield
-    finally:
-        for module, key, rate in dropped:
-            setattr(module, key, rate)
-        for module, training in modules:
-            module.training = training
+            for place in (module, getattr(module, "config", None)) if keeps else ():
+                for key in [key for key, rate in vars(place or nn).items() if "drop" in key and type(rate) is float]:
+                    stack.callback(setattr, place, key, getattr(place, key))
+                    setattr(place, key, 0.0)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers that hold them
         for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.requires_grad_(True)
-            parameter.grad = gradient
+            stack.callback(setattr, parameter, "grad", gradient)
+            parameter.grad = None
+        if not sharded:
+            # reentrant checkpointing needs an input that requires a gradient, which a trained embedding had given it
+            for module in model.modules():
+                if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                    stack.callback(module.register_forward_hook(_requiring_gradient(anchor)).remove)
+            for parameter in trained:
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        yield
+
+
+def _requiring_gradient(anchor: Tensor) -> Callable[..., Any]:
+    def after(_: nn.Module, args: Any, y: Any) -> Any:
+        wanted = isinstance(y, Tensor) and y.is_floating_point() and not y.requires_grad and torch.is_grad_enabled()
+        return Look.apply(y, anchor.to(y.device)) if wanted else y  # type: ignore[no-untyped-call]
+
+    return after
 
 
 @contextmanager
@@ -302,14 +337,43 @@ def _random_states(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Python's, NumPy's and torch's, on every device of the model, come back as they were."""
     import numpy as np
 
-    python, numpy = random.getstate(), np.random.get_state()
-    kinds = {parameter.device.type for parameter in parameters} - {"cpu", "meta"}
-    try:
-        with torch.random.fork_rng(enabled=True, device_type=next(iter(kinds), "cuda")):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.random.set_rng_state, torch.random.get_rng_state())
+        for device in {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta")}:
+            known: Any = torch.get_device_module(device)
+            place = () if device.type == "mps" else (device,)  # there is one
+            stack.callback(known.set_rng_state, known.get_rng_state(*place), *place)
+        yield
+
+
+@contextmanager
+def _order_kept(batches: Any) -> Iterator[None]:
+    """The generators that a data loader draws its order from come back as they were."""
+    holders = (
+        batches,
+        getattr(batches, "sampler", None),
+        getattr(getattr(batches, "batch_sampler", None), "sampler", None),
+    )
+    with ExitStack() as stack:
+        for generator in {id(g): g for g in (getattr(holder, "generator", None) for holder in holders)}.values():
+            if isinstance(generator, torch.Generator):
+                stack.callback(generator.set_state, generator.get_state())
+        yield
+
+
+def _config(model: nn.Module, adapter_name: str) -> Any:
+    """The adapter's configuration, wherever within the model PEFT keeps it."""
+    known = (getattr(module, "peft_config", {}) for module in model.modules())
+    return next(found[adapter_name] for found in known if adapter_name in found)
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        how = " that depends on nothing trained" if isinstance(value, Tensor) and value.numel() == 1 else ""
+        raise StateError(f"the loss of a batch is {what}{how}, not one number with a gradient.")
 
 
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
@@ -330,8 +394,11 @@ def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _without_labels(batch: Any) -> bool:
+    """Whether no label counts; the first of a sequence may have no place to be predicted from."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return bool((labels == IGNORED).all()) or (labels.ndim > 1 and bool((labels[..., 1:] == IGNORED).all()))
 
 
 def _rows(batch: Any) -> int:
