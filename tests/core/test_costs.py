@@ -155,10 +155,10 @@ def test_a_step_without_an_allocation_never_waits_for_the_device(
         triplets[1].p.grad = None
         if step < PHASES[phase]:
             allocator.before_step(scale)
-            allocator.after_step(None, scale)
+            allocator.after_step()
     with NoWaiting():
         allocator.before_step(scale)
-        allocator.after_step(None, scale)
+        allocator.after_step()
 
 
 def test_an_allocation_is_the_one_that_waits() -> None:

@@ -282,7 +282,7 @@ def test_state_and_gradients_are_sliced_along(optimizer: str) -> None:
     held = _no_step(cut)  # the loop's last loss, and with it the accumulators of the old shapes
     gradients = [w.grad.clone() for w in cut.parameters if w.grad is not None]
 
-    cut.keep(index, optimizer_cut)
+    cut.keep(index, [optimizer_cut])
 
     assert held is not None
     for w, gradient, dim in zip(cut.parameters, gradients, (1, 0, 0), strict=True):

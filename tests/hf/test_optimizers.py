@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,26 +284,176 @@ def test_an_optimizer_for_the_head_beside_that_of_the_adapter() -> None:
     assert_budget_reached(model)
 
 
-@pytest.mark.compatibility(AREA, "Several optimizers that each hold a part of the adapter", refused=True)
-@pytest.mark.parametrize("kind", ["matrices and vectors", "every other"])
-def test_optimizers_that_share_an_adapter_are_refused(kind: str) -> None:
-    """Such as Muon for matrices beside AdamW for the rest. An error at the first step, whichever steps first."""
-    model = make()
+def shared(model: nn.Module, kind: str) -> list[Optimizer]:
+    """Optimizers that each hold a part of the adapter."""
     weights = trained(model)
     if kind == "every other":
-        optimizers = [torch.optim.AdamW(weights[::2]), torch.optim.SGD(weights[1::2], lr=0.1)]
-    else:
-        optimizers = [
-            getattr(torch.optim, "Muon", torch.optim.SGD)([w for w in weights if w.ndim == 2], lr=1e-2),
-            torch.optim.AdamW([w for w in weights if w.ndim != 2]),
-        ]
-    before = adapter_weights(model)
-    for optimizer in optimizers:
-        model(**Rows(8).rows).loss.backward()
-        with pytest.raises(StateError, match=r"holds only a part of the adapter.*parameter groups"):
+        return [torch.optim.AdamW(weights[::2], lr=1e-2), torch.optim.AdamW(weights[1::2], lr=1e-2)]
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    matrices = [w for w in weights if w.ndim == 2]
+    return [torch.optim.Muon(matrices, lr=2e-2), torch.optim.AdamW([w for w in weights if w.ndim != 2], lr=1e-2)]
+
+
+SHARING = "Several optimizers that share an adapter: Muon for P and Q beside AdamW for λ"
+
+
+@pytest.mark.compatibility(AREA, SHARING)
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("turned", [False, True])
+def test_muon_for_matrices_beside_adamw_for_the_rest(compact: bool, turned: bool, tmp_path: Path) -> None:
+    """A step counts when all have stepped, whichever is the first; both states are sliced along with the ranks."""
+    model = make(compact=compact)
+    optimizers = shared(model, "matrices and vectors")[:: -1 if turned else 1]
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**Rows(8).rows).loss
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
             optimizer.step()
-        optimizer.zero_grad()
-    assert torch.equal(adapter_weights(model), before)
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert_budget_reached(model)
+    assert_saved_is_in_memory(model, same_base(), tmp_path)
+    triplets = adalora.allocator(model).triplets
+    assert sum(t.rank for t in triplets) == (2 if compact else 4) * MATRICES
+    for t in triplets:
+        for w in t.parameters if t.rank else ():
+            state = next(o.state[w] for o in optimizers if w in o.state)
+            assert all(value.shape == w.shape for value in state.values() if value.numel() > 1)
+
+
+@pytest.mark.compatibility(AREA, SHARING)
+@pytest.mark.parametrize("sensitivity_at", ["before_step", "after_step"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sharing_an_adapter_changes_nothing(sensitivity_at: str, scaled: bool) -> None:
+    """Each parameter gets its regulariser and its importance in the step of its own optimizer: also where a loss scaler
+    divides one optimizer's gradients after the other's step."""
+    models, scores = [make(orth_reg_weight=1.0, sensitivity_at=sensitivity_at) for _ in range(2)], []
+    for model, optimizers in zip(models, ([adamw(models[0])], shared(models[1], "every other")), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for step in range(STEPS):
+            scaler.scale(model(**Rows(8).rows).loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            if step == 4:
+                scores.append(adalora.allocator(model).scores())
+    assert scores[0].any() and torch.equal(*scores)
+    assert adalora.ranks(models[0]) == adalora.ranks(models[1])
+    assert torch.equal(adapter_weights(models[1]), adapter_weights(models[0]))
+
+
+@pytest.mark.compatibility(AREA, SHARING)
+def test_a_scaler_may_skip_one_of_two_optimizers_that_share_an_adapter() -> None:
+    """Those of its steps are not counted, and nobody is suspected of not stepping at all."""
+    model = make()
+    optimizers, allocator = shared(model, "every other"), adalora.allocator(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(8):
+        scaler.scale(model(**Rows(8).rows).loss).backward()
+        if step in (0, 1, 5):
+            next(w for w in optimizers[1].param_groups[0]["params"] if w.grad is not None).grad.fill_(float("inf"))
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert allocator.step == 5
+    assert all(torch.isfinite(w).all() for w in model.parameters())
+
+
+class Picky(torch.optim.SGD):
+    """Its step has other arguments than PyTorch's, and raises when told to."""
+
+    def step(self, get_loss: Callable[..., Any] | None = None, batch_size: int = 1, *, fail: bool = False) -> Any:
+        self.seen = batch_size
+        loss = None
+        if get_loss is not None:
+            with torch.enable_grad():
+                loss = get_loss()
+        if fail:
+            raise ValueError("no step today")
+        super().step()
+        return loss
+
+
+@pytest.mark.compatibility(AREA, "A closure under any name, beside other arguments of `step`")
+@pytest.mark.parametrize("form", ["position", "name", "no closure"])
+def test_arguments_of_step_arrive(form: str) -> None:
+    plain, model = make(), make()
+    optimizers = [torch.optim.SGD(trained(plain), lr=0.1), Picky(trained(model), lr=0.1)]
+    train(plain, optimizers[0], with_closure=True)
+
+    def closure() -> torch.Tensor:
+        optimizers[1].zero_grad()
+        loss: torch.Tensor = model(**Rows(8).rows).loss
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        if form == "no closure":
+            closure()
+            optimizers[1].step(None, 7)
+        elif form == "name":
+            optimizers[1].step(batch_size=7, get_loss=closure)
+        else:
+            optimizers[1].step(closure, 7)
+        assert optimizers[1].seen == 7
+    assert_budget_reached(model)
+    assert torch.equal(adapter_weights(model), adapter_weights(plain))
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_raises_is_forgotten(with_closure: bool) -> None:
+    """The next one gets its regulariser and its importance; a step within a step (Picky's) is still one."""
+    model, plain = make(orth_reg_weight=1.0), make(orth_reg_weight=1.0)
+    optimizers = [Picky(trained(model), lr=0.1), torch.optim.SGD(trained(plain), lr=0.1)]
+    for step in range(STEPS):
+        for k, (each, optimizer) in enumerate(zip((model, plain), optimizers, strict=True)):
+
+            def closure(each: nn.Module = each, optimizer: Optimizer = optimizer) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss: torch.Tensor = each(**Rows(8).rows).loss
+                loss.backward()
+                return loss
+
+            given = (closure,) if with_closure else ()
+            if k == 0 and step == 0:  # nothing of it is in the averages: λ = 0 has no sensitivity yet
+                if not with_closure:
+                    closure()
+                with pytest.raises(ValueError, match="no step today"):
+                    optimizer.step(*given, fail=True)
+            if not with_closure:
+                closure()
+            optimizer.step(*given)
+    assert adalora.allocator(model).step == STEPS
+    torch.testing.assert_close(adapter_weights(model), adapter_weights(plain), rtol=0, atol=0)
+
+
+def test_allocators_may_be_made_while_another_steps() -> None:
+    """The hook looks through all of them; one that comes or goes in another thread is no error."""
+    model, stop = make(total_step=10_000, tinit=9_000, tfinal=500), threading.Event()
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    config = AdaLoraConfig(target_modules=["query"], target_r=1, total_step=10)
+
+    def make_others() -> None:
+        while not stop.is_set():
+            adalora.get_peft_model(bert(), config)
+
+    thread = threading.Thread(target=make_others)
+    thread.start()
+    try:
+        model(**Rows(8).rows).loss.backward()
+        for _ in range(300):
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+    assert adalora.allocator(model).step == 300
 
 
 # ----------------------------------------------------------------------------------------------------- the gradients

@@ -12,6 +12,7 @@ grow with the number of matrices, and nothing waits for the device except when a
 from __future__ import annotations
 
 import operator
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ from .schedule import Schedule
 from .scoring import Scoring
 from .settings import Settings
 from .sharded import like, whole
+from .shares import Members, OpenStep, Share, entries_of, trained_ids
 from .stacks import LAM, Parts, Stacks, split
 from .state import STATE_VERSION, averages_of, check_fit, factors_of, last_scores_of, to_tensors
 from .trace import Allocation, TraceFile
@@ -37,6 +39,18 @@ from .triplets import Triplets
 
 LIVE: weakref.WeakSet[Allocator] = weakref.WeakSet()
 """Every allocator in this process, so that an optimizer's step can find those whose parameters it holds."""
+_LIVE_LOCK = threading.RLock()  # models are made in threads, too
+
+
+def live_allocators() -> list[Allocator]:
+    """Those of :data:`LIVE`."""
+    with _LIVE_LOCK:
+        return list(LIVE)
+
+
+def _enlist(allocator: Allocator) -> None:
+    with _LIVE_LOCK:
+        LIVE.add(allocator)
 
 
 class Allocator:
@@ -62,30 +76,32 @@ class Allocator:
         self.initial_ranks = [t.rank for t in triplets]
         self.schedule: Schedule | None = None
         self.step = 0  # optimizer steps counted so far
+        self.open_step = OpenStep()
+        self._members = Members(self.triplets)
         self.frozen = self.initial_budget <= self.target_budget  # from the final phase on the mask no longer changes
         self.hooked = False  # before_step and after_step are called by the optimizer's hooks
         self.manual = False  # update_and_allocate has taken over from the hook
         self.trace: list[Allocation] = []
         self.trace_file: TraceFile | None = None
         self.started: dict[str, Any] = {}  # what P and Q were found from, if the loss's gradient was looked at
-        self._stepping = False
+        self._gradients: Tensor | None = None  # of the step that is going on, where they are asked for after it
         self._weights_replaced = False
         self._settled = self.frozen  # nothing pruned is left in memory
         self._lam_before_mask: Tensor | None = None
         self._last_scores: Tensor | None = None  # that the final phase began with
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # that stepped last
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # that stepped last
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
-        settings.check_budgets(self.initial_budget, self.costs)
+        self._check_budget()
         self._plan_if_told()
-        LIVE.add(self)
+        _enlist(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trace_file": None, "_optimizer": None}
+        return {**self.__dict__, "trace_file": None, "_optimizers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled models allocate, too
         self.__dict__.update(state)
-        LIVE.add(self)
+        _enlist(self)
 
     # ---------------------------------------------------------------- what a caller may ask
 
@@ -94,12 +110,12 @@ class Allocator:
         """Triplets held by each matrix, pruned ones included until they are compacted away."""
         return [t.rank for t in self.triplets]
 
-    def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def is_resizable(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> bool:
         """Whether ranks can be compacted in memory now. Distributed wrappers keep buffers of the parameters' sizes."""
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         if not alone and torch.distributed.get_world_size() > 1:
             return False
-        return all(t.is_resizable(optimizer) for t in self.triplets)
+        return all(t.is_resizable(optimizers) for t in self.triplets)
 
     @property
     def costs(self) -> list[int]:
@@ -107,14 +123,19 @@ class Allocator:
         return self.settings.costs(self.triplets)
 
     @property
+    def one_of_each(self) -> int:
+        """What one triplet of each matrix takes of the budget; matrices whose λ is frozen stand outside it."""
+        return sum(self._members.of(self.costs))
+
+    @property
     def initial_budget(self) -> int:
         """b0, in the budget's unit, as all budgets are."""
-        return sum(map(operator.mul, self.initial_ranks, self.costs))
+        return sum(self._members.of([*map(operator.mul, self.initial_ranks, self.costs)]))
 
     @property
     def target_budget(self) -> int:
         """bT"""
-        return self.settings.target(sum(self.costs))
+        return self.settings.target(self.one_of_each)
 
     @property
     def budget(self) -> int:
@@ -124,13 +145,13 @@ class Allocator:
     @property
     def spent(self) -> int:
         """What the live triplets take of the budget."""
-        return sum(map(operator.mul, self.ranks().values(), self.costs))
+        return sum(self._members.of([*map(operator.mul, self.ranks().values(), self.costs)]))
 
     @property
     def live(self) -> int:
-        """Triplets kept by the last allocation, all matrices together."""
+        """Triplets kept by the last allocation, all matrices under the budget together."""
         self._refresh()
-        return int(self.mask.sum())
+        return sum(self._members.of(self._counts(self.mask.tolist())))
 
     @property
     def untrained(self) -> bool:
@@ -152,7 +173,7 @@ class Allocator:
         if self.schedule is None:
             unit = self.settings.budget_unit
             return f"{self.initial_budget} {unit} to start with, {self.target_budget} at the end; total steps unknown."
-        return self.schedule.describe(sum(self.costs))
+        return self.schedule.describe(self.one_of_each)
 
     def header(self) -> dict[str, Any]:
         """What a trace begins with: matrices, budgets, schedule."""
@@ -175,11 +196,12 @@ class Allocator:
         Raises:
             ScheduleError: no step is left for pruning, or a length is in epochs and ``steps_per_epoch`` is missing.
         """
+        self._look_what_is_trained()
         initial = max(self.initial_budget, self.target_budget)  # a second training may start below the target
-        schedule = self.settings.schedule(initial, sum(self.costs), total_step, steps_per_epoch)
+        schedule = self.settings.schedule(initial, self.one_of_each, total_step, steps_per_epoch)
         if self.schedule is not None and self.schedule != schedule and self.step > 0 and not self.frozen:
             warnings.warn(
-                f"the schedule changes at step {self.step} of training: {schedule.describe(sum(self.costs))}",
+                f"the schedule changes at step {self.step} of training: {schedule.describe(self.one_of_each)}",
                 stacklevel=2,
             )
         elif schedule.cannot_rank and schedule != self.schedule:
@@ -205,7 +227,7 @@ class Allocator:
 
     # ---------------------------------------------------------------- one optimizer step
 
-    def before_step(self, grad_scale: Tensor | None = None, *, again: bool = False) -> None:
+    def before_step(self, grad_scale: Tensor | None = None, *, again: bool = False, share: Share = None) -> None:
         """Add the regulariser's gradient, once however many batches were accumulated, and update the importance.
 
         A step for which no trainable parameter of this model has a gradient is not this model's step: nothing happens.
@@ -214,11 +236,13 @@ class Allocator:
         Args:
             grad_scale: factor by which a loss scaler has multiplied the gradients, if they are still scaled.
             again: the gradients were computed anew within one step, as LBFGS does; they get the regulariser's, too.
+            share: ids of the parameters that step now, if several optimizers share them; :meth:`after_step` too.
 
         Raises:
             ScheduleError: the total number of steps is still unknown.
+            ConfigError: singular values are frozen while they are 0.
         """
-        if self._stepping and not again:
+        if self.open_step.has_begun(share) and not again:
             return  # an optimizer that wraps another runs the hooks of both
         parameters = self._stacks.parameters()
         if all(w.grad is None or not w.requires_grad for parts in parameters for w in parts):
@@ -231,6 +255,7 @@ class Allocator:
                 stacklevel=2,
             )
         self._refresh(parameters)
+        self._look_what_is_trained(parameters)
         for t in self._stacks.empty:
             t.drop_gradients()  # some optimizers trip over empty parameters
         if self.schedule is None and not self.frozen and not (self.step == 0 and self.settings.may_be_by_hand):
@@ -247,9 +272,11 @@ class Allocator:
                 " adalora.start(model, batches) before the first step (AdaLoraCallback does under a Trainer), or make"
                 " the adapter with initialization='orthonormal'."
             )
-        self._stepping = True
-        importance = not again and self.settings.sensitivity_at == "before_step" and self._ranks_again
-        weights = self._scoring.gather(parameters) if importance and self._scoring.of_all_entries else None
+        self.open_step.begin(share)
+        trained = self._members.held(share)
+        importance = not again and self._ranks_again and self._scoring.smooths
+        before = importance and self.settings.sensitivity_at == "before_step"
+        weights = self._scoring.gather(parameters) if before and self._scoring.of_all_entries else None
         if self.settings.orthogonality_weight:
             self._regulariser.add_gradient(
                 parameters,
@@ -257,21 +284,33 @@ class Allocator:
                 self.settings.orthogonality,
                 grad_scale,
                 None if weights is None else self._stacks.split(weights)[1],
+                trained,
             )
-        if importance:
-            self._scoring.update(parameters, grad_scale, weights)
+        if before:
+            part = None if share is None else self._scoring.gather(entries_of(trained, parameters))
+            weights = self._scoring.gather(parameters) if weights is None else weights
+            self._scoring.update(weights, self._scoring.gradients(parameters, grad_scale), part)
+        elif self.settings.sensitivity_at == "after_step" and self._ranks_again and self._scoring.smooths:
+            # now, since the optimizer may unscale them in place, or not
+            self._gradients = self._scoring.gradients(parameters, grad_scale)
 
-    def after_step(self, optimizer: torch.optim.Optimizer | None = None, grad_scale: Tensor | None = None) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None, *, share: Share = None) -> None:
         """Count the step and allocate if it is due. ``optimizer``: its state is sliced along with the ranks."""
-        if not self._stepping:
+        if not self.open_step.has_begun(share):
             return
-        self._stepping = False
-        if self.settings.sensitivity_at == "after_step" and self._ranks_again:
-            self._scoring.update(self._stacks.parameters(), grad_scale)
+        if self._gradients is not None:
+            parameters = self._stacks.parameters()
+            part = None
+            if share is not None:
+                part = self._scoring.gather(entries_of(self._members.held(share), parameters))
+            self._scoring.update(self._scoring.gather(parameters), self._gradients, part)
+        self._gradients = None
+        if not self.open_step.end(share, optimizer, trained_ids(self.triplets)):
+            return
         self.step += 1
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._optimizers = self.open_step.take_optimizers()
         if self.frozen or not self.manual:
-            self._allocate(self.step, optimizer)
+            self._allocate(self.step, self._optimizers_left())
 
     def update_and_allocate(self, step: int) -> None:
         """Allocate by hand, as with PEFT, after ``optimizer.step()``; from the first call on the hook leaves it to you.
@@ -298,10 +337,10 @@ class Allocator:
                 self.mask.fill_(True)
                 self.trace.clear()
         self.step = step
-        self._allocate(step, None if self._optimizer is None else self._optimizer())
+        self._allocate(step, self._optimizers_left())
 
-    def compact(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Slice pruned triplets away for good: P, Λ, Q and the optimizer's state shrink in place.
+    def compact(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None) -> None:
+        """Slice pruned triplets away for good: P, Λ, Q and the state of the optimizer (or of several) shrink in place.
 
         Raises:
             StateError: pruning is not over, so pruned triplets may still return; or something pins the shapes.
@@ -311,20 +350,21 @@ class Allocator:
                 f"pruning goes on until {'the final phase' if self.schedule is None else self.schedule.final_step}"
                 f" (now at step {self.step}) and pruned triplets may still return; what is saved is always compact."
             )
-        if not self.is_resizable(optimizer):
+        optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        if not self.is_resizable(optimizers):
             raise StateError(
                 "the adapter's parameters are still held by a graph (a loss kept with retain_graph=True?) or by a"
                 " distributed model, or the optimizer's state cannot be sliced (8-bit, LBFGS): their shapes are pinned;"
                 " what is saved is always compact."
             )
         self._refresh()
-        self._stacks.mask_lam(self.mask)
+        self._stacks.mask(self.mask)
         if self._last_scores is not None:
             self._last_scores = self._last_scores[self.mask]
         places = torch.tensor([i for size in self.sizes for i in range(size)], device=self.mask.device)
         kept = torch.split(places[self.mask], self._counts(self.mask.tolist()))
         for triplets, index in zip(self.triplets, kept, strict=True):
-            triplets.keep(index, optimizer)
+            triplets.keep(index, optimizers)
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.mask.device)
         self._settled = True
@@ -371,10 +411,13 @@ class Allocator:
         self._last_scores = last_scores_of(tensors, self.triplets, self._stacks.device)
         self._settled = self.frozen and bool(self.mask.all())
         self._scoring.restore(averages_of(tensors))
+        if self.frozen and not self._settled and self.settings.compact:
+            self._hold_at_zero()
 
     def restart(self) -> None:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
-        self.step, self._stepping, self.schedule, self._last_scores = 0, False, None, None
+        self.step, self.schedule, self._last_scores = 0, None, None
+        self.open_step = OpenStep()
         self.initial_ranks = self.sizes
         self.frozen = self._settled = self.initial_budget <= self.target_budget
         self._lay_out()
@@ -415,13 +458,30 @@ class Allocator:
         if not settings.may_be_by_hand:
             raise ScheduleError(f"update_and_allocate({step}) needs AdaLoraConfig(total_step=...).")
         end = int(settings.t_final)
-        self.schedule = replace(settings, t_final=0).schedule(self.initial_budget, sum(self.costs), end, None)
+        self.schedule = replace(settings, t_final=0).schedule(self.initial_budget, self.one_of_each, end, None)
         warnings.warn(
             f"total_step is not given, so tfinal={end} is read as the step at which pruning ends, not as the length of"
             f" the final phase: {self.initial_budget} {settings.budget_unit} until step {self.schedule.t_init},"
             f" {self.target_budget} from step {end} on. Give total_step to say how long training is.",
             stacklevel=4,
         )
+
+    def _check_budget(self) -> None:
+        self.settings.check_budgets(self.initial_budget, self._members.of(self.costs))
+
+    def _look_what_is_trained(self, parameters: Sequence[Parts] | None = None) -> None:
+        """Take matrices that are frozen, or no longer, out of the budget or into it."""
+        if not self._members.look(parameters):
+            return
+        self._check_budget()
+        if self.step == 0:
+            self.frozen = self._settled = self.initial_budget <= self.target_budget
+        if self.schedule is not None:
+            self.schedule = replace(self.schedule, initial_budget=self.initial_budget, target_budget=self.target_budget)
+
+    def _optimizers_left(self) -> list[torch.optim.Optimizer]:
+        """Those of the last step that are still there."""
+        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
     def _lay_out(self) -> None:
         """For the present ranks and device; without averages."""
@@ -439,11 +499,11 @@ class Allocator:
         """Whether an allocation is still to come: the importance rests from the step on that begins the final phase."""
         return not self.frozen and self.schedule is not None and self.step + 1 < self.schedule.final_step
 
-    def _allocate(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def _allocate(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
         schedule = self.schedule
         self._lam_before_mask = None
         if self.frozen:
-            self._settle(optimizer)
+            self._settle(optimizers)
             return
         if schedule is None or not (schedule.allocates(step) or schedule.is_final(step)):
             return
@@ -455,8 +515,9 @@ class Allocator:
         scores = self._scoring.for_allocation(parameters, last=final)
         if scores is None:
             return
-        self.mask = POLICIES[self.settings.policy](scores, budget, self._stacks.sizes, self.costs)
-        self._stacks.mask_lam(self.mask)
+        policy = POLICIES[self.settings.policy]
+        self.mask = self._members.choose(policy, scores, budget, self._stacks.sizes, self.costs, before)
+        self._stacks.mask(self.mask)
         live, lived = torch.stack([self.mask, before]).tolist()  # one wait for the device, however many matrices
         ranks, returned = self._counts(live), self._counts(map(operator.gt, live, lived))
         error = float(self._regulariser.errors(parameters).mean())
@@ -468,13 +529,24 @@ class Allocator:
         if final:
             self.frozen, self._settled, self._last_scores = True, False, scores
             self._lay_out()  # the averages have done their work
-            self._settle(optimizer)
+            self._settle(optimizers)
 
-    def _settle(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """In the final phase: compact as soon as nothing pins the shapes; until then hold pruned λ at 0."""
+    def _settle(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """In the final phase: compact as soon as nothing pins the shapes; until then hold what is pruned at 0.
+
+        Pruned vectors are held at 0 as well where they should have been sliced away, so that a distributed training
+        goes the way of one that is not. (``compact=False`` keeps them, as the paper does.)
+        """
         if self._settled:
             return
-        if self.settings.compact and self.is_resizable(optimizer):
-            self.compact(optimizer)
+        if not self.settings.compact:
+            self._stacks.mask(self.mask, optimizers)  # its momentum has moved them
+        elif self.is_resizable(optimizers):
+            self.compact(optimizers)
         else:
-            self._stacks.mask_lam(self.mask, optimizer)  # its momentum has moved them
+            self._hold_at_zero(optimizers)
+
+    def _hold_at_zero(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        self._stacks.mask(self.mask, optimizers, vectors=True)
+        if self._regulariser.counts_all:
+            self._regulariser = Regulariser(self._stacks, self.mask)

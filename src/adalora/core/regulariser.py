@@ -7,13 +7,15 @@ rows of zeros, which touch nothing. XXᵀ of all factors, whatever their length,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from .orthogonality import Orthogonality, minus_identity_, norms, slope_
 from .sharded import like, shards_of
-from .stacks import Parts, Stack, Stacks, common_dtype, wide
+from .stacks import Parts, Stack, Stacks, common_dtype, split, wide
 
 FILLING = 4  # rows of factors filled up with zeros, in multiples of the rows that they have: at most so many
 
@@ -24,9 +26,10 @@ class Level:
     Args:
         blocks: by length; taken as they are if each factor has this rank.
         like: says device and type.
+        live: of each matrix, which of its rows count; the others must be 0. All of them, if not given.
     """
 
-    def __init__(self, rank: int, blocks: Sequence[Stack], like: Tensor) -> None:
+    def __init__(self, rank: int, blocks: Sequence[Stack], like: Tensor, live: Sequence[Tensor] | None = None) -> None:
         factors = [factor for block in blocks for factor in block.factors]
         self.rank = rank
         self.even = all(factor.rank == rank for factor in factors)
@@ -36,8 +39,12 @@ class Level:
             self.stacks = [Stack(block.length, block.factors, rank, zero) for block in blocks]
         self.counts = [len(stack.factors) for stack in self.stacks]
         self.identity: Tensor | int = 1  # its diagonal, [factors, rank], 0 in rows that fill up
-        if not self.even:
-            ranks = torch.tensor([factor.rank for stack in self.stacks for factor in stack.factors])
+        of_stacks = [factor for stack in self.stacks for factor in stack.factors]
+        if live is not None:
+            rows = [live[factor.matrix] for factor in of_stacks]
+            self.identity = torch.stack([F.pad(row.to(like.device).byte(), (0, rank - len(row))) for row in rows])
+        elif not self.even:
+            ranks = torch.tensor([factor.rank for factor in of_stacks])
             self.identity = (torch.arange(rank) < ranks.unsqueeze(1)).byte().to(like.device)
 
     def gather(self, parts: Sequence[Parts]) -> list[Tensor]:
@@ -54,16 +61,22 @@ class Level:
 
 
 class Regulariser:
-    """For the ranks that ``stacks`` is laid out for."""
+    """For the ranks that ``stacks`` is laid out for.
 
-    def __init__(self, stacks: Stacks) -> None:
+    Args:
+        live: [sum of sizes], where pruned triplets are 0 altogether: they do not count, as if they were sliced away.
+    """
+
+    def __init__(self, stacks: Stacks, live: Tensor | None = None) -> None:
         self.count = 2 * len(stacks.triplets)  # of all factors, those at rank 0 too
+        self.counts_all = live is None
         ranks = common_ranks(factor.rank for block in stacks.blocks for factor in block.factors)
         self.even = len(set(stacks.sizes) - {0}) == 1
         self.levels = []
         for lower, rank in zip([*ranks[1:], 0], ranks, strict=True):
             blocks = stacks.blocks if self.even else _between(stacks.blocks, lower, rank)
-            self.levels.append(Level(rank, blocks, stacks.triplets[0].lam.data))
+            of_matrices = None if live is None else split(live, stacks.sizes)
+            self.levels.append(Level(rank, blocks, stacks.triplets[0].lam.data, of_matrices))
 
     @torch.no_grad()
     def add_gradient(
@@ -73,16 +86,22 @@ class Regulariser:
         kind: Orthogonality,
         grad_scale: Tensor | None = None,
         rows: Sequence[Tensor] | None = None,
+        trained: Sequence[tuple[bool, bool, bool]] | None = None,
     ) -> None:
         """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of those parameters that are trained.
 
         Args:
             weight: γ
+            trained: of P, λ and Q of each matrix, if it is not what requires a gradient.
             grad_scale: factor by which a loss scaler has multiplied the gradients.
             rows: the blocks of ``stacks``, if they have been gathered already.
         """
+        if trained is None:
+            trained = [(p.requires_grad, lam.requires_grad, q.requires_grad) for p, lam, q in parameters]
         updates: list[tuple[Tensor, Tensor]] = []
         for level in self.levels:
+            if not any(trained[f.matrix][f.side] for stack in level.stacks for f in stack.factors):
+                continue
             xs = level.factors(rows if rows is not None and self.even else level.gather(parameters))
             slopes = slope_(level.deviation(xs), kind, self.count, weight)
             if grad_scale is not None:
@@ -90,8 +109,9 @@ class Regulariser:
             for stack, x, slope in zip(level.stacks, xs, torch.split(slopes, level.counts), strict=True):
                 ws = [parameters[factor.matrix][factor.side] for factor in stack.factors]
                 update = (slope.to(x.dtype) @ x).flatten(0, 1).to(common_dtype(ws))  # rounded once, all together
-                updates += zip(ws, stack.scatter(update), strict=True)
-        _add_to_gradients([(w, update) for w, update in updates if w.requires_grad])
+                wanted = (trained[factor.matrix][factor.side] for factor in stack.factors)
+                updates += compress(zip(ws, stack.scatter(update), strict=True), wanted)
+        _add_to_gradients(updates)
 
     @torch.no_grad()
     def errors(self, parameters: Sequence[Parts]) -> Tensor:

@@ -46,30 +46,42 @@ class Scoring:
     def of_all_entries(self) -> bool:
         return self.metric.entries == "all"
 
+    @property
+    def smooths(self) -> bool:
+        """Whether gradients are asked for at all."""
+        return self.metric.entries != "none" and bool(self.stacks.triplets_count)
+
     def gather(self, parts: Sequence[Parts]) -> Tensor:
         """The entries that are smoothed, as one vector."""
         return self.stacks.gather(parts) if self.of_all_entries else self.stacks.gather_lam(parts)
 
-    @torch.no_grad()
-    def update(
-        self, parameters: Sequence[Parts], grad_scale: Tensor | None = None, weights: Tensor | None = None
-    ) -> None:
-        """Take in the present gradients; one that is not finite leaves every average as it is.
+    def gradients(self, parameters: Sequence[Parts], grad_scale: Tensor | None = None) -> Tensor:
+        """The present gradients of the entries that are smoothed, as one vector.
 
         Args:
-            grad_scale: factor by which a loss scaler has multiplied the gradients.
-            weights: the entries, if they have been gathered already; they are used up.
+            grad_scale: factor by which a loss scaler has multiplied them.
         """
-        if self.metric.entries == "none" or not self.stacks.triplets_count:
-            return
-        if weights is None:
-            weights = self.gather(parameters)
         gradients = self.gather(gradients_of(parameters))
-        if grad_scale is not None:
-            gradients.div_(grad_scale)
+        return gradients if grad_scale is None else gradients.div_(grad_scale)
+
+    @torch.no_grad()
+    def update(self, weights: Tensor, gradients: Tensor, part: Tensor | None = None) -> None:
+        """Take in these entries and their gradients; one that is not finite leaves every average as it is.
+
+        Args:
+            weights: used up.
+            part: 1 for the entries that are meant; the averages of the others, where it is 0, stay as they are.
+        """
         if self.smoothed is None:
             self.smoothed = Smoothed.zeros_like(weights)
-        self.smoothed.update_(sensitivity_(weights, gradients), self.beta1, self.beta2)
+        sensitivity = sensitivity_(weights, gradients)
+        if part is None:
+            self.smoothed.update_(sensitivity, self.beta1, self.beta2)
+            return
+        updated = Smoothed(*(average.clone() for average in self.smoothed))
+        updated.update_(torch.where(part != 0, sensitivity, 0.0), self.beta1, self.beta2)
+        for average, new in zip(self.smoothed, updated, strict=True):
+            average.copy_(torch.where(part != 0, new, average))
 
     @torch.no_grad()
     def scores(self, parameters: Sequence[Parts]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .sharded import is_sharded, like, whole
-from .triplets import Triplets
+from .triplets import TRIPLET_DIMS, Triplets, states_of
 
 Parts: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """P, λ and Q of one matrix, or their gradients."""
@@ -136,22 +136,26 @@ class Stacks:
         return torch.cat([of_lam, *of_rows])[self._places]
 
     @torch.no_grad()
-    def mask_lam(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def mask(self, mask: Tensor, optimizers: Sequence[torch.optim.Optimizer] = (), *, vectors: bool = False) -> None:
         """λ = 0 where the mask, [sum of sizes], is False.
 
         Args:
-            optimizer: its state, too: averages of λ, as schedule-free optimizers keep them, would bring these back.
+            optimizers: their states, too: averages of λ, as schedule-free optimizers keep them, would bring these back.
+            vectors: P and Q there become 0 as well.
         """
-        lams = [t.lam for t in self.triplets]
-        masks = split(mask.to(lams[0].dtype), self.sizes)
-        pairs = [(lam.data, like(lam, m)) for lam, m in zip(lams, masks, strict=True)]
-        if optimizer is not None:
-            pairs += [
-                (value, m)
-                for lam, (_, m) in zip(lams, pairs, strict=True)
-                for value in optimizer.state.get(lam, {}).values()
-                if type(value) is type(m) and value.shape == m.shape and value.is_floating_point()
-            ]
+        masks = {dtype: split(mask.to(dtype), self.sizes) for dtype in {t.lam.dtype for t in self.triplets}}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for k, t in enumerate(self.triplets):
+            for w, dim in zip(t.parameters, TRIPLET_DIMS, strict=True) if vectors else ((t.lam, 0),):
+                shape = [-1 if d == dim else 1 for d in range(w.ndim)]
+                m = like(w, masks[t.lam.dtype][k].view(shape).expand(w.shape))
+                pairs.append((w.data, m))
+                pairs += [
+                    (value, m)
+                    for state in states_of(optimizers, w)
+                    for value in state.values()
+                    if type(value) is type(m) and value.shape == m.shape and value.is_floating_point()
+                ]
         torch._foreach_mul_([values for values, _ in pairs], [m for _, m in pairs])
 
     def _places_of_triplets(self) -> Tensor:

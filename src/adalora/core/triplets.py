@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -205,37 +205,45 @@ class Triplets:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def is_resizable(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def is_resizable(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> bool:
         """Whether the rank can change in memory.
 
         Not while something else holds the parameters' storage (a retained graph), nor with a state of
-        the optimizer that does not come apart by triplets: blocks of a flat tensor, as 8-bit optimizers and LBFGS keep.
+        an optimizer that does not come apart by triplets: blocks of a flat tensor, as 8-bit optimizers and LBFGS keep.
         """
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
             return False
         states = [
             (value, parameter.shape, dim)
             for parameter, dim in zip(self.parameters, TRIPLET_DIMS, strict=True)
-            for value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).values()
+            for kept in states_of(optimizers, parameter)
+            for value in kept.values()
         ]
         return all(_is_free(parameter) for parameter in self.parameters) and all(
             _state_dim(*state) is not None for state in states
         )
 
     @torch.no_grad()
-    def keep(self, index: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Slice P, Λ, Q, their gradients and the optimizer's state down to the triplets in ``index`` (int64, [k])."""
+    def keep(self, index: Tensor, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        """Slice P, Λ, Q, their gradients and optimizers' states down to the triplets in ``index`` (int64, [k])."""
         for parameter, dim in zip(self.parameters, TRIPLET_DIMS, strict=True):
 
             def cut(tensor: Tensor, dim: int = dim) -> Tensor:
                 return tensor.index_select(dim, index).contiguous()
 
-            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            for key, value in state.items():
-                state_dim = _state_dim(value, parameter.shape, dim)
-                if isinstance(value, Tensor) and state_dim is not None and state_dim >= 0:
-                    state[key] = cut(value, state_dim)
+            for state in states_of(optimizers, parameter):
+                for key, value in state.items():
+                    state_dim = _state_dim(value, parameter.shape, dim)
+                    if isinstance(value, Tensor) and state_dim is not None and state_dim >= 0:
+                        state[key] = cut(value, state_dim)
             _replace(parameter, cut(parameter.data), None if parameter.grad is None else cut(parameter.grad))
+
+
+def states_of(optimizers: Sequence[torch.optim.Optimizer], parameter: Tensor) -> Iterator[dict[str, Any]]:
+    """What optimizers keep about a parameter."""
+    for optimizer in optimizers:
+        if parameter in optimizer.state:  # looking it up would make one
+            yield optimizer.state[parameter]
 
 
 def _state_dim(value: object, shape: torch.Size, dim: int) -> int | None:

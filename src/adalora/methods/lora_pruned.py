@@ -169,7 +169,9 @@ class Pruner:
         """Update the importance, as long as a ranking that needs it is still to come."""
         if self.schedule.prunes and self.step + 1 < self.schedule.final_step:
             scoring = self._scored()
-            scoring.update(scoring.stacks.parameters())
+            parameters = scoring.stacks.parameters()
+            if scoring.smooths:
+                scoring.update(scoring.gather(parameters), scoring.gradients(parameters))
 
     def after_step(self) -> Allocation | None:
         """Rank and prune when it is due; hold what was pruned at zero, from where momentum has moved it."""
