@@ -20,7 +20,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A room may import from rooms to its left, and from its neighbours: core <- hf <- WORKSHOPS <- DOORS. PLAIN ones know
 # neither PEFT nor the allocator and serve workshops and doors. Every room may use adalora.core.errors.
-PLAIN = {"tasks", "report", "recipe", "recipe_text", "data", "files", "pretrained", "progress", "quiet", "runs"}
+PLAIN = {
+    *("tasks", "report", "recipe", "recipe_text", "data", "files", "pretrained", "progress", "quiet", "runs"),
+    *("checkpoints", "processes"),
+}
 WORKSHOPS = {
     "announcement",
     "directions",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import methods
+from .checkpoints import MANIFEST
 from .core.errors import AdaLoraError, ConfigError
 from .files import write_json
 from .hf.convert import read_peft_adalora
@@ -28,7 +29,6 @@ from .hf.plain import PlainAdapter
 from .preparation import completed, task_of
 from .pretrained import load_model, load_tokenizer
 from .report.run import Run
-from .runs import COMPLETE
 
 _MAGNITUDE = "lora_magnitude_vector"
 _WHOLE = "full"  # the method that saves all weights
@@ -190,7 +190,7 @@ def _saved(run: Run, files: ExitStack) -> dict[int, Saved]:
     folders = {
         int(path.name.removeprefix("checkpoint-")): path
         for path in run.folder.checkpoints.glob("checkpoint-*")
-        if (path / COMPLETE).is_file()
+        if (path / MANIFEST).is_file()
     }
     if run.metrics is not None:
         folders[int(run.metrics["steps"])] = run.folder.path

@@ -15,7 +15,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler, set_seed
 
-from . import methods, reporters, tasks
+from . import methods, processes, reporters, tasks
+from .checkpoints import Progress
 from .core.schedule import Schedule
 from .data import DataError, Split, digest, has_splits, hold_out, read_rows, sample
 from .methods import Adapted, Job, Method, head_modules
@@ -56,6 +57,8 @@ class Prepared:
     total_steps: int
     baseline: tuple[str, dict[str, float]] | None
     checkpoint: Path | None  # to resume from
+    before: Progress | None  # what led to it
+    folder_state: tuple[object, ...]  # when it was looked at
     initial_ranks: dict[str, int]  # of each adapted matrix; empty without ranks
     head_parameters: int  # of the output layer that the task made
     trainable_parameters: int  # the output layer's included
@@ -180,7 +183,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     Raises an AdaLoraError that says what to change; nothing has been written then.
     """
     folder = RunFolder(Path(recipe.output).expanduser())
-    folder.check_target(mode)
+    if processes.is_first():  # which may write, before the others look
+        folder.check_target(mode)
+    checkpoint, state = folder.last_checkpoint() if mode == "resume" else None, folder.state()
     recipe = completed(recipe)
     data, method = recipe.data, methods.get(recipe.method)
     tokenizer = load_tokenizer(recipe.model, data.max_length)
@@ -209,6 +214,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         recipe = _within_budget(recipe, method, model)
     if mode == "resume":
         _check_unchanged(folder, recipe)
+    before = _progress(folder, checkpoint, arguments)
     features = task.features(train_rows, tokenizer, model)
     total_steps, steps_per_epoch = _steps(arguments, len(features))
     form = form_of(recipe.model, task)
@@ -240,7 +246,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         arguments=arguments,
         total_steps=total_steps,
         baseline=baseline,
-        checkpoint=folder.last_checkpoint() if mode == "resume" else None,
+        checkpoint=checkpoint,
+        before=before,
+        folder_state=state,
         initial_ranks=dict(adapted.ranks()),
         head_parameters=head,
         trainable_parameters=trainable,
@@ -340,6 +348,20 @@ def _steps(arguments: TrainingArguments, rows: int) -> tuple[int, int]:
     if arguments.max_steps > 0:
         return arguments.max_steps, per_epoch
     return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
+
+
+def _progress(folder: RunFolder, checkpoint: Path | None, arguments: TrainingArguments) -> Progress | None:
+    """How far an interrupted run had come. RunError where it would go on in another number of processes."""
+    if checkpoint is None:
+        return None
+    found = folder.progress_at(checkpoint)
+    if found.processes != arguments.world_size:
+        raise RunError(
+            f"the run in {folder.path} was trained by {found.processes} processes and would go on with other rows a "
+            f"step in {arguments.world_size}: resume it with torchrun --nproc-per-node {found.processes}, "
+            "or start over with --overwrite"
+        )
+    return found
 
 
 def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:

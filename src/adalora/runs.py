@@ -1,20 +1,23 @@
-"""A run's folder: what lies in it, when it may be written to, and what may be removed from it."""
+"""A run's folder: what lies in it, when and by whom it may be written to, and what may be removed from it."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from .checkpoints import MANIFEST, Progress, read_manifest
 from .core.errors import AdaLoraError
+from .files import HeldError, holding
 from .recipe import Recipe, validate
 from .recipe_text import read_raw
 
 Mode = Literal["new", "overwrite", "resume"]
 
-COMPLETE = "complete"
-"""A file that a run writes into a checkpoint when everything else is in it: the seconds of training so far."""
+_PATIENCE = 1.0  # seconds; one who only looks whether a folder is taken has gone by then
 
 
 class RunError(AdaLoraError):
@@ -88,12 +91,25 @@ class RunFolder(NamedTuple):
 
     def check_target(self, mode: Mode) -> None:
         """RunError unless a run in this mode may write here. Changes nothing."""
+        try:
+            self._check_target(mode)
+            self._check_writable()
+        except (OSError, ValueError) as error:  # a ValueError: a name that no system takes
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(
+                f"output {self.path} cannot be written to ({reason}): choose another folder with --output"
+            ) from error
+        if self._lock.is_file():
+            with self._held():
+                pass
+
+    def _check_target(self, mode: Mode) -> None:
         if mode == "resume":
             self.read_recipe()
             return
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output {self.path} is a file: give the name of a folder")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(path == self._lock for path in self.path.iterdir()):
             return
         if not self._was_written_by_a_run():
             raise RunError(
@@ -107,6 +123,48 @@ class RunFolder(NamedTuple):
                 "or another folder with --output"
             )
 
+    def _check_writable(self) -> None:
+        """OSError unless files can be made here, or in the nearest folder above that there is."""
+        self.path.lstat() if self.path.is_symlink() else self.path.exists()  # a name that is too long
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise RunError(f"output {self.path} lies in {there}, which is a file: choose another folder with --output")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Make the folder and be the one process that writes to it.
+
+        Raises:
+            RunError: another process is, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"output {self.path} cannot be made: {error.strerror}") from error
+        with self._held():
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        try:
+            with holding(self._lock, _PATIENCE):
+                yield
+        except HeldError as error:
+            raise RunError(
+                f"another training writes to {self.path} ({error}): wait for it, or choose another folder with --output"
+            ) from None
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    def state(self) -> tuple[object, ...]:
+        """What another training in this folder would change."""
+        written = self.recipe.stat().st_mtime_ns if self.recipe.is_file() else None
+        return written, self.metrics.is_file(), self.last_checkpoint()
+
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         drawn = (self.report, self.directions, self.picture)
@@ -115,6 +173,12 @@ class RunFolder(NamedTuple):
         for file in self.tensorboard.glob("events.out.tfevents.*"):
             file.unlink()
         self.drop_checkpoints(after=-1)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed while it wrote has left beside its files."""
+        for left in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.path.glob("*.part")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def drop_checkpoints(self, after: int) -> None:
         """Remove the checkpoints of steps later than ``after``."""
@@ -124,12 +188,12 @@ class RunFolder(NamedTuple):
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        complete = [(step, path) for step, path in self._checkpoints() if (path / COMPLETE).is_file()]
+        complete = [(step, path) for step, path in self._checkpoints() if (path / MANIFEST).is_file()]
         return max(complete)[1] if complete else None
 
-    def seconds_until(self, checkpoint: Path | None) -> float:
-        """Seconds of training that led to a complete checkpoint; 0 without one, or where it does not say."""
-        return float((checkpoint / COMPLETE).read_text(encoding="utf-8").strip() or 0) if checkpoint else 0.0
+    def progress_at(self, checkpoint: Path) -> Progress:
+        """How far the run had come at a complete checkpoint; CheckpointError when that was damaged since."""
+        return read_manifest(checkpoint, self.trace)
 
     def _checkpoints(self) -> Iterator[tuple[int, Path]]:
         for checkpoint in self.checkpoints.glob("checkpoint-*"):

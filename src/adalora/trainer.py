@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from . import processes
+from .checkpoints import Progress, write_manifest
 from .core.errors import AdaLoraError
-from .files import write_text
-from .runs import COMPLETE
 from .tasks import Task
 
 
@@ -45,15 +45,19 @@ class SteadyTrainer(Trainer):
         callbacks: Iterable[TrainerCallback],
         group_by_length: bool,
         averages_over_items: bool,
-        seconds_before: float,
+        trace: Path,
+        before: Progress | None,
         **settings: Any,
     ) -> None:
         """A Trainer of ``model`` on the features in ``train_dataset``, measured on the held-out ``rows``.
 
         Args:
             averages_over_items: the model's loss is over all items of accumulated batches, if told their number.
-            seconds_before: of training, in the parts of the run that led to the checkpoint to resume from.
+            trace: of the run, if its method writes one.
+            before: what led to the checkpoint to resume from.
         """
+        self._trace, self._before = trace, before
+        self._previous_loss: torch.Tensor | None = None
         self._task, self._tokenizer, self._rows = task, tokenizer, rows
         self._lengths = [len(tokens) for tokens in train_dataset["input_ids"]] if group_by_length else None
         collate: Any = task.collator(tokenizer, model)
@@ -62,12 +66,52 @@ class SteadyTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=rows,
             data_collator=collate,
-            callbacks=[*callbacks, _StopWhenNotFinite(), _MarkComplete(seconds_before)],
+            callbacks=[*callbacks, _GoOn(self)],
             **settings,
         )
         self.remove_callback(PrinterCallback)
         # Transformers goes by the arguments that a model takes, but many take the number and average over one batch.
         self.model_accepts_loss_kwargs = averages_over_items
+
+    def training_step(self, *args: Any, **settings: Any) -> torch.Tensor:
+        """A Trainer's, which stops at a loss that is nan or infinite: it does not come back."""
+        loss: torch.Tensor = super().training_step(*args, **settings)
+        # That of the batch before: a GPU has it by now, and need not be waited for.
+        if self._previous_loss is not None and not math.isfinite(self._previous_loss.item()):
+            raise diverged(self._previous_loss.item(), self.state.global_step, self.args.fp16)
+        self._previous_loss = loss.detach()
+        return loss
+
+    @property
+    def training_loss(self) -> float:
+        """Mean over all steps, those before an interruption included."""
+        return float(self._total_loss_scalar) / max(1, self.state.global_step)
+
+    def go_on(self) -> None:
+        """Before the first step: what a Trainer that resumes does not know, or has lost."""
+        if self._before is None:
+            return
+        self._total_loss_scalar = self._before.loss_logged
+        self._tr_loss += self._before.loss_since
+        self._globalstep_last_logged = self._before.step_logged
+        ends_epoch = self.args.eval_strategy == "epoch" and self.state.epoch == int(self.state.epoch or 0)
+        if ends_epoch and (not self.evaluations or self.evaluations[-1]["step"] != self.state.global_step):
+            self.evaluate()  # the checkpoint was saved right before
+
+    def mark_complete(self, checkpoint: Path, seconds: float) -> None:
+        """The last callback: whatever a checkpoint should hold is in it when all processes are here."""
+        since = self.accelerator.gather(self._tr_loss).mean().item()
+        processes.wait()
+        if not self.state.is_world_process_zero:
+            return
+        progress = Progress(
+            seconds=round(seconds + (self._before.seconds if self._before else 0.0), 1),
+            processes=int(self.args.world_size),
+            loss_logged=float(self._total_loss_scalar),
+            loss_since=since,
+            step_logged=self._globalstep_last_logged,
+        )
+        write_manifest(checkpoint, self._trace, progress)
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         """Metrics on the held-out rows, logged as a Trainer does."""
@@ -128,34 +172,22 @@ class _ByLength(LengthGroupedSampler):
         return super().__iter__()  # type: ignore[no-untyped-call]
 
 
-class _StopWhenNotFinite(TrainerCallback):
-    """A loss that is nan or infinite does not come back: stop instead of training on nothing."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise diverged(loss, state.global_step)
-
-
-def diverged(loss: float, step: int) -> TrainingError:
+def diverged(loss: float, step: int, fp16: bool) -> TrainingError:
     """The error for a training loss that is not finite."""
-    return TrainingError(
-        f"the training loss became {loss} by step {step}: lower training.learning_rate, or train without fp16"
-    )
+    advice = "lower training.learning_rate, or train without fp16" if fp16 else "lower training.learning_rate"
+    return TrainingError(f"the training loss became {loss} by step {step}: {advice}")
 
 
-class _MarkComplete(TrainerCallback):
-    """The last callback: whatever a checkpoint should hold is in it now."""
+class _GoOn(TrainerCallback):
+    """The last callback: resumes what a Trainer does not, and marks checkpoints that are complete."""
 
-    def __init__(self, seconds_before: float) -> None:
-        self._before = seconds_before
+    def __init__(self, trainer: SteadyTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
+        self._trainer.go_on()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            seconds = self._before + time.monotonic() - self._began
-            write_text(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE, f"{seconds:.1f}\n")
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self._trainer.mark_complete(checkpoint, time.monotonic() - self._began)

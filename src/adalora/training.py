@@ -16,13 +16,15 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from . import reporters
+from . import processes, reporters
 from .files import write_json, write_text
 from .preparation import Prepared
 from .pretrained import locate
 from .recipe import dump
+from .report.page import write_report
 from .report.ranks import draw_ranks
-from .report.run import read_trace
+from .report.run import read_run, read_trace
+from .runs import RunError
 from .tasks import Signed
 from .trainer import SteadyTrainer, diverged
 
@@ -34,16 +36,37 @@ except ModuleNotFoundError:  # Windows
 _LONGEST_EXAMPLE = 200  # characters
 
 
-def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict[str, Any]:
-    """Train, write the run's folder, and return what ``metrics.json`` says."""
-    folder, recipe = prepared.folder, prepared.recipe
-    if prepared.resumed_step is None:
-        folder.clear()
-    else:  # an incomplete checkpoint would count as the newest one when old ones are dropped
-        folder.drop_checkpoints(after=prepared.resumed_step)
-    write_text(folder.recipe, dump(recipe))
+def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report: bool = False) -> dict[str, Any]:
+    """Train, write the run's folder, and return what ``metrics.json`` says; nothing in other processes than the first.
 
-    seconds_before = folder.seconds_until(prepared.checkpoint)
+    Args:
+        report: write ``report.html``, too.
+
+    Raises:
+        RunError: another process writes to the folder, or has since this run was prepared.
+        TrainingError: training broke.
+    """
+    folder = prepared.folder
+    processes.wait()  # every process has read the folder now
+    if not processes.is_first():
+        return _train(prepared, callbacks)
+    with folder.alone():
+        if folder.state() != prepared.folder_state:
+            raise RunError(f"another training has written to {folder.path} in the meantime: start this one again")
+        folder.sweep()
+        if prepared.resumed_step is None:
+            folder.clear()
+        else:  # an incomplete checkpoint would count as the newest one when old ones are dropped
+            folder.drop_checkpoints(after=prepared.resumed_step)
+        write_text(folder.recipe, dump(prepared.recipe))
+        metrics = _train(prepared, callbacks)
+        if report:
+            write_report(folder.report, [read_run(folder.path)])
+    return metrics
+
+
+def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str, Any]:
+    folder, recipe = prepared.folder, prepared.recipe
     trainer = SteadyTrainer(
         prepared.task,
         prepared.tokenizer,
@@ -54,28 +77,33 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> dict
         callbacks=[*prepared.adapted.callbacks, *callbacks],
         group_by_length=recipe.training.group_by_length,
         averages_over_items=prepared.form.task_type == "CAUSAL_LM",
-        seconds_before=seconds_before,
+        trace=folder.trace,
+        before=prepared.before,
     )
     if recipe.training.report_to:
         ranks = prepared.adapted.ranks if prepared.initial_ranks else None
         budget = prepared.budget.budget if prepared.budget else None
         reporters.attach(trainer, folder.tensorboard, prepared.resumed_step, ranks, budget)
     outcome = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-    if not math.isfinite(outcome.training_loss):  # since the last log
-        raise diverged(outcome.training_loss, trainer.state.global_step)
+    if not math.isfinite(trainer.training_loss):  # of the last step
+        raise diverged(trainer.training_loss, trainer.state.global_step, recipe.training.fp16)
     if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
+    more_metrics = {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()}
+    if not processes.is_first():
+        return {}
 
     prepared.adapted.save(folder.path)
     if folder.trace.is_file():
         draw_ranks(read_trace(folder.trace), folder.picture, f"Learned ranks: {recipe.model} on {recipe.data.train}")
+    seconds_before = prepared.before.seconds if prepared.before else 0.0
     metrics = {
         **_about(prepared),
         "metrics": trainer.evaluations[-1]["metrics"],
-        "more_metrics": {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()},
+        "more_metrics": more_metrics,
         "evaluations": trainer.evaluations,
         "log": trainer.state.log_history,
-        "training_loss": outcome.training_loss,
+        "training_loss": trainer.training_loss,
         "steps": trainer.state.global_step,
         "seconds": round(seconds_before + outcome.metrics["train_runtime"], 1),
         "memory": peak_memory(),

@@ -248,7 +248,7 @@ def test_an_interrupted_bench_stops_its_cells_and_goes_on_later(tiny_grid: dict[
     path = write(changed(grid, base__training__save_steps=10))
     cell = path.parent / "out/cells/reviews/head/no-budget/lr-0.001/seed-1"
     with (
-        once(lambda: list(cell.glob("checkpoints/*/complete")), lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+        once(lambda: list(cell.glob("checkpoints/*/manifest.json")), lambda _: os.kill(os.getpid(), signal.SIGTERM)),
         pytest.raises(KeyboardInterrupt),
     ):
         run(path)
@@ -269,7 +269,7 @@ def test_killed_in_the_middle_and_started_again(tiny_grid: dict[str, Any], write
     (path.parent / "bench.py").write_text(program)
     bench = subprocess.Popen([sys.executable, path.parent / "bench.py"], start_new_session=True)
     try:
-        until(lambda: list((folder / "seed-2").glob("checkpoints/*/complete")))
+        until(lambda: list((folder / "seed-2").glob("checkpoints/*/manifest.json")))
     finally:
         os.killpg(bench.pid, signal.SIGKILL)
         bench.wait()

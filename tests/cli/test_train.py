@@ -21,6 +21,7 @@ from .conftest import Finished, write_csv
 
 Run = Callable[..., Finished]
 RUN_FILES = {
+    ".lock",
     "adapter_config.json",
     "adapter_model.safetensors",
     "checkpoints",
@@ -171,19 +172,26 @@ def test_any_checkpoint_resumes_to_the_same_bits(adalora: Run, finished: Path, s
 
 
 def test_the_training_time_is_that_of_all_parts(adalora: Run, finished: Path) -> None:
-    marks = [finished / f"checkpoints/checkpoint-{step}/complete" for step in (4, 20, 36)]
-    times = [float(mark.read_text()) for mark in marks]
+    times = [seconds_at(finished, step) for step in (4, 20, 36)]
     assert 0 <= times[0] <= times[1] <= times[2] <= json.loads((finished / "metrics.json").read_text())["seconds"] + 0.1
     interrupted_copy(finished, after=20)
-    Path("run/checkpoints/checkpoint-20/complete").write_text("1000.0\n")
+    manifest = Path("run/checkpoints/checkpoint-20/manifest.json")
+    said = json.loads(manifest.read_text())
+    said["progress"]["seconds"] = 1000.0
+    manifest.write_text(json.dumps(said))
     assert adalora("train", "--resume", "--output", "run").code == 0
     assert 1000 < json.loads(Path("run/metrics.json").read_text())["seconds"] < 1500
-    assert 1000 <= float(Path("run/checkpoints/checkpoint-36/complete").read_text()) < 1500
+    assert 1000 <= seconds_at(Path("run"), 36) < 1500
+
+
+def seconds_at(run: Path, step: int) -> float:
+    manifest = json.loads((run / f"checkpoints/checkpoint-{step}/manifest.json").read_text())
+    return float(manifest["progress"]["seconds"])
 
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(adalora: Run, finished: Path) -> None:
     interrupted_copy(finished, after=20)
-    Path("run/checkpoints/checkpoint-20/complete").unlink()
+    Path("run/checkpoints/checkpoint-20/manifest.json").unlink()
     resumed = adalora("train", "--resume", "--output", "run")
     assert resumed.code == 0 and "after step 16" in resumed.out
     assert adapter_bytes("run") == adapter_bytes(finished)

@@ -69,7 +69,7 @@ class Asked(NamedTuple):
         elif resume:
             values.setdefault("output", demo_raw()["output"])
             folder = RunFolder(Path(str(values["output"])).expanduser())
-            folder.check_target("resume")
+            folder.read_recipe()
             base, source = read_raw(folder.recipe), str(folder.recipe)
         elif "data.train" in values:
             base, source = {"model": DEMO_MODEL}, "command line"

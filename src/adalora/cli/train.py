@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import processes
 from ..quiet import quieten
 from .asked import Asked, takes_recipe
 from .options import AsJson
@@ -64,11 +65,10 @@ def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
     from ..preparation import prepare
     from ..progress import ShowProgress
     from ..report import terminal
-    from ..report.page import write_report
-    from ..report.run import read_run
     from ..training import train
 
     out = terminal.console(stderr=as_json)
+    out.quiet = not processes.is_first()
     out.print("reading data and model ...", style="dim")
     prepared = prepare(recipe, mode)
     if prepared.finished is not None:
@@ -79,15 +79,16 @@ def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
     progress = ShowProgress(out, prepared.task.metric_names, prepared.task.headline, budget_of(prepared))
     try:
         with redirect_stdout(sys.stderr if as_json else sys.stdout):  # Trackio, for one, prints
-            metrics = train(prepared, [progress])
+            metrics = train(prepared, [progress], report=True)
     except KeyboardInterrupt:
         progress.stop()
-        typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
+        if processes.is_first():
+            typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
         raise typer.Exit(130) from None
     finally:
         progress.stop()
-    write_report(prepared.folder.report, [read_run(prepared.folder.path)])
-    _show(out, prepared.folder.path, metrics, as_json)
+    if processes.is_first():
+        _show(out, prepared.folder.path, metrics, as_json)
 
 
 def _show(out: Console, folder: Path, metrics: dict[str, Any], as_json: bool) -> None:
