@@ -223,7 +223,9 @@ class Allocator:
 
     def penalty(self) -> Tensor:
         """γ·R as a differentiable scalar; :meth:`before_step` already adds its gradient, so do not add both."""
-        return self.settings.orthogonality_weight * penalty(self.triplets, self.settings.orthogonality)
+        return self.settings.orthogonality_weight * penalty(
+            self.triplets, self.settings.orthogonality, self.settings.vector_norm
+        )
 
     # ---------------------------------------------------------------- one optimizer step
 
@@ -486,7 +488,7 @@ class Allocator:
     def _lay_out(self) -> None:
         """For the present ranks and device; without averages."""
         self._stacks = Stacks(self.triplets)
-        self._regulariser = Regulariser(self._stacks)
+        self._regulariser = Regulariser(self._stacks, self.settings.vector_norm)
         self._scoring = Scoring.of(self._stacks, self.settings)
 
     def _counts(self, flags: Iterable[bool]) -> list[int]:
@@ -549,4 +551,4 @@ class Allocator:
     def _hold_at_zero(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         self._stacks.mask(self.mask, optimizers, vectors=True)
         if self._regulariser.counts_all:
-            self._regulariser = Regulariser(self._stacks, self.mask)
+            self._regulariser = Regulariser(self._stacks, self.mask, self.settings.vector_norm)

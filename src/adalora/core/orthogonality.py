@@ -74,9 +74,9 @@ def norms(matrices: Tensor) -> Tensor:
     return found
 
 
-def penalty(triplets: Iterable[Triplets], kind: Orthogonality = "squared") -> Tensor:
+def penalty(triplets: Iterable[Triplets], kind: Orthogonality = "squared", vector_norm: float = 1.0) -> Tensor:
     """R over all matrices as a differentiable scalar: to log, or to add to a loss by hand (with orth_reg_weight=0)."""
-    factors = [rows for t in triplets for rows in (t.factors.p.mT, t.factors.q)]
+    factors = [rows / vector_norm for t in triplets for rows in (t.factors.p.mT, t.factors.q)]
     squared = torch.stack([deviation(rows).square().sum() for rows in factors] or [torch.zeros(())])
     if kind == "squared":
         return squared.sum()

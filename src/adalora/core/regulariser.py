@@ -29,9 +29,17 @@ class Level:
         live: of each matrix, which of its rows count; the others must be 0. All of them, if not given.
     """
 
-    def __init__(self, rank: int, blocks: Sequence[Stack], like: Tensor, live: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        blocks: Sequence[Stack],
+        like: Tensor,
+        live: Sequence[Tensor] | None = None,
+        vector_norm: float = 1.0,
+    ) -> None:
         factors = [factor for block in blocks for factor in block.factors]
         self.rank = rank
+        self.per_square = vector_norm**-2
         self.even = all(factor.rank == rank for factor in factors)
         self.stacks = blocks
         if not self.even:
@@ -56,8 +64,9 @@ class Level:
         return [block.view(count, self.rank, -1) for block, count in zip(rows, self.counts, strict=True)]
 
     def deviation(self, xs: Sequence[Tensor]) -> Tensor:
-        """XXᵀ - I of all factors: [factors, rank, rank]."""
-        return minus_identity_(torch.cat([x @ x.mT for x in xs]), self.identity)
+        """XXᵀ/c² - I of all factors: [factors, rank, rank]."""
+        products = torch.cat([x @ x.mT for x in xs])
+        return minus_identity_(products if self.per_square == 1 else products.mul_(self.per_square), self.identity)
 
 
 class Regulariser:
@@ -65,9 +74,10 @@ class Regulariser:
 
     Args:
         live: [sum of sizes], where pruned triplets are 0 altogether: they do not count, as if they were sliced away.
+        vector_norm: c, the length that singular vectors are held to: R is taken of X/c.
     """
 
-    def __init__(self, stacks: Stacks, live: Tensor | None = None) -> None:
+    def __init__(self, stacks: Stacks, live: Tensor | None = None, vector_norm: float = 1.0) -> None:
         self.count = 2 * len(stacks.triplets)  # of all factors, those at rank 0 too
         self.counts_all = live is None
         ranks = common_ranks(factor.rank for block in stacks.blocks for factor in block.factors)
@@ -76,7 +86,7 @@ class Regulariser:
         for lower, rank in zip([*ranks[1:], 0], ranks, strict=True):
             blocks = stacks.blocks if self.even else _between(stacks.blocks, lower, rank)
             of_matrices = None if live is None else split(live, stacks.sizes)
-            self.levels.append(Level(rank, blocks, stacks.triplets[0].lam.data, of_matrices))
+            self.levels.append(Level(rank, blocks, stacks.triplets[0].lam.data, of_matrices, vector_norm))
 
     @torch.no_grad()
     def add_gradient(
@@ -103,7 +113,7 @@ class Regulariser:
             if not any(trained[f.matrix][f.side] for stack in level.stacks for f in stack.factors):
                 continue
             xs = level.factors(rows if rows is not None and self.even else level.gather(parameters))
-            slopes = slope_(level.deviation(xs), kind, self.count, weight)
+            slopes = slope_(level.deviation(xs), kind, self.count, weight * level.per_square)
             if grad_scale is not None:
                 slopes.mul_(grad_scale)
             for stack, x, slope in zip(level.stacks, xs, torch.split(slopes, level.counts), strict=True):
@@ -115,7 +125,7 @@ class Regulariser:
 
     @torch.no_grad()
     def errors(self, parameters: Sequence[Parts]) -> Tensor:
-        """‖XXᵀ - I‖_F of every P and Q that has vectors left."""
+        """‖XXᵀ/c² - I‖_F of every P and Q that has vectors left."""
         found = [norms(level.deviation(level.factors(level.gather(parameters)))) for level in self.levels]
         if len(found) == 1:
             return found[0]

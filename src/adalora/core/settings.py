@@ -46,6 +46,7 @@ class Settings:
     orthogonality_weight: float = 0.1  # γ
     orthogonality: Orthogonality = "squared"
     sensitivity_at: Literal["before_step", "after_step"] = "before_step"
+    vector_norm: float = 1.0  # c, the length of singular vectors
     compact: bool = True
     gradient_start: bool = False  # P and Q wait for the loss's gradient before the first step
 
@@ -75,6 +76,8 @@ class Settings:
             )
         if self.target_rank is not None:
             check_rank("target_r", self.target_rank)
+        if not 0 < self.vector_norm < float("inf"):
+            raise ConfigError(f"vector_norm={self.vector_norm} must be a positive number.")
         if self.total_step is not None and (type(self.total_step) is not int or self.total_step < 1):
             raise ConfigError(f"total_step={self.total_step!r} must be the number of optimizer steps, at least 1.")
         for name, span in (("tinit", self.t_init), ("tfinal", self.t_final), ("deltaT", self.delta_t)):

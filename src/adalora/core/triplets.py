@@ -169,10 +169,10 @@ class Triplets:
         return scale * F.linear(self.right(x), self.p)
 
     @torch.no_grad()
-    def reset(self, initialization: Initialization = "orthonormal") -> None:
+    def reset(self, initialization: Initialization = "orthonormal", vector_norm: float = 1.0) -> None:
         """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02).
 
-        ``gradient`` is orthonormal until :mod:`adalora.core.start` has looked at the loss.
+        Orthonormal vectors have the length ``vector_norm``. ``gradient`` is orthonormal until :mod:`adalora.core.start` has looked at the loss.
         """
         if initialization not in INITIALIZATIONS:
             raise ConfigError(
@@ -183,7 +183,7 @@ class Triplets:
             if initialization == "gaussian":
                 vectors.normal_(0.0, GAUSSIAN_STD)
             else:  # QR has no half-precision kernels
-                vectors.copy_(nn.init.orthogonal_(torch.empty_like(vectors, dtype=torch.float32)))
+                vectors.copy_(nn.init.orthogonal_(torch.empty_like(vectors, dtype=torch.float32), vector_norm))
 
     @torch.no_grad()
     def assign(self, factors: Factors) -> None:

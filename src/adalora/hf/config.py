@@ -65,6 +65,8 @@ class AdaLoraConfig(LoraConfig):
         start_batches: training batches that ``gradient`` looks at, in each process.
         start_sweeps: how often it goes through them; an even number.
         singular_gain: constant ρ in W = W0 + s·ρ·P Λ Q; ``"auto"`` is √(d_out / 3), 1.0 the paper.
+        vector_norm: length c of the vectors in P and Q, by which ρ is then divided, twice. ΔW is the same; under Adam,
+            whose steps know no scale, directions turn 1/c times as fast beside Λ.
         sensitivity_at: weights at which sensitivity is taken: ``before_step`` (paper) or ``after_step`` (their code).
         compact: slice pruned triplets away when the final phase begins (False: only in what is saved).
         kernel: ``fused`` computes linear layers in few passes; ``reference`` as PEFT does, term by term.
@@ -101,6 +103,7 @@ class AdaLoraConfig(LoraConfig):
     start_batches: int = field(default=BATCHES, metadata={"help": "Batches that a gradient start looks at."})
     start_sweeps: int = field(default=SWEEPS, metadata={"help": "How often it goes through them."})
     singular_gain: float | Literal["auto"] = field(default="auto", metadata={"help": "Constant gain of the update."})
+    vector_norm: float = field(default=1.0, metadata={"help": "Length of the vectors in P and Q."})
     sensitivity_at: Literal["before_step", "after_step"] = field(
         default="before_step", metadata={"help": "Weights at which sensitivity is taken."}
     )
@@ -114,6 +117,7 @@ class AdaLoraConfig(LoraConfig):
         choices: dict[str, Any] = {
             "initialization": "gaussian",
             "singular_gain": 1.0,
+            "vector_norm": 1.0,
             "orthogonality": "squared",
             "importance": "sensitivity_uncertainty",
             "policy": "global_topk",
@@ -217,12 +221,14 @@ class AdaLoraConfig(LoraConfig):
             orthogonality=self.orthogonality,
             sensitivity_at=self.sensitivity_at,
             compact=self.compact,
+            vector_norm=self.vector_norm,
             gradient_start=self.initialization == "gradient",
         )
 
     def gain(self, d_out: int) -> float:
-        """ρ for a matrix with ``d_out`` outputs."""
-        return automatic_gain(d_out) if self.singular_gain == "auto" else float(self.singular_gain)
+        """ρ / c² for a matrix with ``d_out`` outputs."""
+        gain = automatic_gain(d_out) if self.singular_gain == "auto" else float(self.singular_gain)
+        return gain / self.vector_norm**2
 
     def plain(self, ranks: dict[str, int]) -> LoraConfig:
         """The configuration of the ordinary LoRA adapter that an export with these ranks is.

@@ -239,7 +239,7 @@ def _upgrade_layer(
         if type(lora_a) in CONVOLUTIONS:
             apply = functools.partial(CONVOLUTIONS[type(lora_a)], stride=lora_a.stride, padding=lora_a.padding)
     b: Any = left.weight
-    gain = config.gain(b.shape[0])
+    gain, c = config.gain(b.shape[0]), config.vector_norm
     kind = _EmbeddingProjection if adapter_name in layer.lora_embedding_A else SingularProjection
     right = kind(torch.empty_like(a), gain, apply)
     right.requires_grad_(a.requires_grad)
@@ -254,13 +254,14 @@ def _upgrade_layer(
         is_zero = not bool(a.any()) or not bool(b.any())
         if not is_zero:  # PiSSA, its like, and trained adapters start from B A != 0: the same update as triplets
             p, lam, q = from_product(b.detach(), a.detach())
-            triplets.reset(config.initialization)  # the rank of B A may be lower: the others start with λ = 0
-            triplets.assign(padded(Factors(p, lam / gain, q), Factors(*(part.detach() for part in triplets.factors))))
+            triplets.reset(config.initialization, c)  # the rank of B A may be lower: the others start with λ = 0
+            learned = Factors(c * p, lam / (gain * c**2), c * q)
+            triplets.assign(padded(learned, Factors(*(part.detach() for part in triplets.factors))))
         else:
-            triplets.reset(config.initialization)
+            triplets.reset(config.initialization, c)
             if keep_vectors and bool(a.any()) and triplets.rank <= triplets.shape[1]:
                 basis, _ = torch.linalg.qr(a.detach().flatten(1).mT.float())
-                right.right_vectors.data.copy_(basis.mT.view_as(a))
+                right.right_vectors.data.copy_(c * basis.mT.view_as(a))
     known: Any = layer._load_state_dict_pre_hooks.values()
     if _resize_to_state_dict not in [hook.hook for hook in known]:
         layer.register_load_state_dict_pre_hook(_resize_to_state_dict)  # type: ignore[no-untyped-call]

@@ -152,6 +152,7 @@ def start(
             "adalora.start comes before the first optimizer step: this adapter has been trained already, and its"
             " triplets would be lost."
         )
+    c = config.vector_norm
     layers = dict(adapted_layers(model, name))
     if all(name not in layer.active_adapters for layer in layers.values()):
         raise StateError(f"the adapter {name!r} is not active: model.set_adapter({name!r}) before adalora.start.")
@@ -167,7 +168,7 @@ def start(
         p, _, q = members[full].parameters
         k = len(found.values)
         with torch.no_grad():
-            for parameter, vectors, dim in ((p, -found.left, 1), (q, found.right, 0)):  # a positive λ lowers the loss
+            for parameter, vectors, dim in ((p, -c * found.left, 1), (q, c * found.right, 0)):  # λ > 0 lowers the loss
                 values = whole(parameter).detach().clone()
                 values.narrow(dim, 0, k).copy_(vectors.reshape(values.narrow(dim, 0, k).shape))
                 parameter.copy_(like(parameter, values))
