@@ -135,7 +135,7 @@ def test_gaussian_has_the_authors_spread() -> None:
 def test_unknown_initialization_says_what_is_known() -> None:
     t = Triplets.create("m", 4, 4, 2)
     before = t.p.detach().clone()
-    with pytest.raises(ConfigError, match=r"'kaiming'.*'orthonormal' or 'gaussian'"):
+    with pytest.raises(ConfigError, match=r"'kaiming'.*'gaussian', 'gradient', 'orthonormal'"):
         t.reset("kaiming")  # type: ignore[arg-type]
     assert torch.equal(t.p, before)
 
