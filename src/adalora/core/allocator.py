@@ -488,7 +488,7 @@ class Allocator:
     def _lay_out(self) -> None:
         """For the present ranks and device; without averages."""
         self._stacks = Stacks(self.triplets)
-        self._regulariser = Regulariser(self._stacks, self.settings.vector_norm)
+        self._regulariser = Regulariser(self._stacks, vector_norm=self.settings.vector_norm)
         self._scoring = Scoring.of(self._stacks, self.settings)
 
     def _counts(self, flags: Iterable[bool]) -> list[int]:

@@ -172,7 +172,8 @@ class Triplets:
     def reset(self, initialization: Initialization = "orthonormal", vector_norm: float = 1.0) -> None:
         """Λ = 0 (so that W = W0) and new P, Q: orthonormal by QR, or the authors' Gaussian(0, 0.02).
 
-        Orthonormal vectors have the length ``vector_norm``. ``gradient`` is orthonormal until :mod:`adalora.core.start` has looked at the loss.
+        Orthogonal vectors have the length ``vector_norm``. ``gradient`` is ``orthonormal`` until
+        :mod:`adalora.core.start` has looked at the loss.
         """
         if initialization not in INITIALIZATIONS:
             raise ConfigError(
