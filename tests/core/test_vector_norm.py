@@ -1,4 +1,4 @@
-"""A length c of singular vectors: the same ΔW, directions that turn 1/c times as fast, a regulariser that holds to c."""
+"""A length c of singular vectors: the same ΔW, directions that turn 1/c times as fast, a regulariser that keeps c."""
 
 from __future__ import annotations
 
