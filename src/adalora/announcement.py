@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -55,11 +55,17 @@ def budget_of(prepared: Prepared) -> Budget | None:
 
 
 def as_json(prepared: Prepared) -> dict[str, Any]:
-    """What will happen, for machines. Sizes at the end are what the budget leaves if it is spread evenly."""
+    """What will happen, for machines. Sizes at the end are what the budget leaves if it is spread evenly, and the least
+    and the most that it can leave."""
     recipe, data, schedule, ranks = prepared.recipe, prepared.recipe.data, prepared.budget, prepared.initial_ranks
     start = prepared.trainable_parameters - prepared.head_parameters
-    end = start - _pruned_parameters(prepared)
+    least, most = _end(prepared)
+    evenly = start - _pruned_parameters(prepared)
     entries = next(p.element_size() for p in prepared.model.parameters() if p.requires_grad)
+
+    def size(end: int) -> int:
+        return (end + prepared.head_parameters) * entries + 2 * len(ranks) * _NAME
+
     return {
         "model": recipe.model,
         "task": recipe.task,
@@ -79,7 +85,9 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "budget": None if schedule is None else {"initial": schedule.initial_budget, "target": schedule.target_budget},
         "parameters": {
             "adapter_start": start,
-            "adapter_end": end,
+            "adapter_end": min(max(evenly, least), most),
+            "adapter_end_least": least,
+            "adapter_end_most": most,
             "head": prepared.head_parameters,
             "frozen": prepared.frozen_parameters,
         },
@@ -92,7 +100,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "seed": recipe.seed,
         "output": str(prepared.folder.path),
         "result": _result(prepared),
-        "result_bytes": (end + prepared.head_parameters) * entries + 2 * len(ranks) * _NAME,
+        **{f"result_bytes{name}": size(end) for name, end in (("", evenly), ("_least", least), ("_most", most))},
     }
 
 
@@ -112,7 +120,7 @@ def announce(out: Console, prepared: Prepared) -> None:
         f"learning rate {recipe.training.learning_rate:g}, seed {recipe.seed}",
         "Phases": _course(prepared),
         "Resuming": _resuming(prepared),
-        "Result": f"{facts['result']} in {prepared.folder.path}, about {_size(facts['result_bytes'])}",
+        "Result": f"{facts['result']} in {prepared.folder.path}, {_spread(facts, 'result_bytes', _size)}",
     }
     print_lines(out, {name: text for name, text in lines.items() if text})
 
@@ -156,11 +164,18 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     """How many parameters that are."""
     sizes = facts["parameters"]
     start, end, head, frozen = sizes["adapter_start"], sizes["adapter_end"], sizes["head"], sizes["frozen"]
-    course = f"{start:,} parameters" if start == end else f"{start:,} parameters at first, about {end:,} at the end"
+    spread = _spread(sizes, "adapter_end", lambda count: f"{count:,}")
+    course = f"{start:,} parameters" if start == end else f"{start:,} parameters at first, {spread} at the end"
     share = f" ({end / frozen:.2%} of the model)" if frozen and start else ""
     if not start:
         return f"{head:,} parameters, the output layer"
     return f"{course}{share}" + (f"; {head:,} in the output layer" if head else "")
+
+
+def _spread(facts: Mapping[str, Any], key: str, said: Callable[[int], str]) -> str:
+    """The least and the most in words: a budget does not say which matrices it is spent on."""
+    least, most = said(facts[f"{key}_least"]), said(facts[f"{key}_most"])
+    return f"about {most}" if least == most else f"{least} to {most}"
 
 
 def _course(prepared: Prepared) -> str:
@@ -185,6 +200,30 @@ def _course(prepared: Prepared) -> str:
         f"{span:{width}}  {words[phase.name].format(**phase._asdict(), unit=unit, every=every)}"
         for span, phase in zip(spans, course, strict=True)
     )
+
+
+def _end(prepared: Prepared) -> tuple[int, int]:
+    """The least and the most parameters of the adapter that the budget can leave."""
+    start = prepared.trainable_parameters - prepared.head_parameters
+    header, schedule = prepared.adapted.header, prepared.budget
+    if header is None or schedule is None or schedule.target_budget >= schedule.initial_budget:
+        return start, start
+    begins = header()
+    sizes = sorted(zip(begins["triplet_parameters"], begins["initial_ranks"], strict=True))
+    beside = start - sum(map(operator.mul, *zip(*sizes, strict=True)))
+    budget = schedule.target_budget
+    if begins.get("budget_unit") == "parameters":  # filled up to less than a triplet of the largest kind
+        return beside + budget - sizes[-1][0] + 1, beside + budget
+    return beside + _taken_from(sizes, budget), beside + _taken_from(sizes[::-1], budget)
+
+
+def _taken_from(sizes: Sequence[tuple[int, int]], count: int) -> int:
+    """Parameters of so many triplets, taken from matrices (parameters of a triplet, triplets) in this order."""
+    total = 0
+    for each, there in sizes:
+        taken = min(there, count)
+        total, count = total + each * taken, count - taken
+    return total
 
 
 def _pruned_parameters(prepared: Prepared) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,28 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .core.errors import AdaLoraError
+
+_UNWRITABLE = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "EIO"),
+        *("ENAMETOOLONG", "ENOTDIR", "EISDIR", "ENOENT", "EINVAL", "ELOOP"),
+    )
+    if hasattr(errno, name)  # EDQUOT is not everywhere
+}
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why the system did not let a file be written, where that is what ``error`` says: itself, or, of a library that
+    raises errors of its own (safetensors, torch), in its text."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _UNWRITABLE else None
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code and int(code[1]) in _UNWRITABLE:
+        return os.strerror(int(code[1]))
+    if "PytorchStreamWriter failed" in str(error) or "inline_container.cc" in str(error):
+        return "torch could not write it to its end, as on a full disk"
+    return None
 
 
 class HeldError(AdaLoraError):

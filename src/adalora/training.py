@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from . import processes, reporters
-from .files import write_json, write_text
+from .files import unwritable, write_json, write_text
 from .preparation import Prepared
 from .pretrained import locate
 from .recipe import dump
@@ -43,7 +43,7 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report:
         report: write ``report.html``, too.
 
     Raises:
-        RunError: another process writes to the folder, or has since this run was prepared.
+        RunError: another process writes to the folder, or has since this run was prepared; or it cannot be written to.
         TrainingError: training broke.
     """
     folder = prepared.folder
@@ -59,9 +59,18 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report:
         else:  # an incomplete checkpoint would count as the newest one when old ones are dropped
             folder.drop_checkpoints(after=prepared.resumed_step)
         write_text(folder.recipe, dump(prepared.recipe))
-        metrics = _train(prepared, callbacks)
-        if report:
-            write_report(folder.report, [read_run(folder.path)])
+        try:
+            metrics = _train(prepared, callbacks)
+            if report:
+                write_report(folder.report, [read_run(folder.path)])
+        except Exception as error:
+            reason = unwritable(error)
+            if reason is None:
+                raise
+            raise RunError(
+                f"output {folder.path} cannot be written to: {reason}. When that is mended, go on with "
+                f"adalora train --resume --output {folder.path}"
+            ) from error
     return metrics
 
 

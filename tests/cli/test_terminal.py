@@ -116,11 +116,11 @@ def test_a_plan_says_what_will_happen_in_a_narrow_terminal(
     text = " ".join(said.getvalue().split())
     for words in (
         "Method adalora on 12 matrices, rank 3 each at first, 2 on average at the end",
-        "parameters at first, about",
+        "parameters at first, ",
         "Steps 36 of 8 rows each, learning rate 0.02, seed 0",
         "Phases steps 1-4 warm-up, all 36 triplets steps 5-25 pruning to 24 triplets, every step",
         "steps 26-36 final, 24 triplets, ranks fixed",
-        "Result a plain LoRA adapter in elsewhere, about",
+        "Result a plain LoRA adapter in elsewhere, 12 kB to 13 kB",
     ):
         assert words in text
 
@@ -131,8 +131,11 @@ def test_a_plan_for_machines(adalora: Run, tiny_run: list[object], finished: Pat
     facts = json.loads(done.out)
     metrics = json.loads((finished / "metrics.json").read_text())
     assert facts["parameters"]["adapter_start"] == metrics["parameters"]["adapter_start"]
-    assert facts["parameters"]["adapter_end"] == pytest.approx(metrics["parameters"]["adapter_saved"], rel=0.2)
-    assert facts["result_bytes"] == pytest.approx(metrics["saved_bytes"]["adapter_model.safetensors"], rel=0.2)
+    sizes, saved = facts["parameters"], metrics["parameters"]["adapter_saved"]
+    assert sizes["adapter_end"] == pytest.approx(saved, rel=0.2)
+    assert sizes["adapter_end_least"] <= saved <= sizes["adapter_end_most"] < 1.5 * saved
+    written = metrics["saved_bytes"]["adapter_model.safetensors"]
+    assert 0.97 * facts["result_bytes_least"] <= written <= 1.03 * facts["result_bytes_most"]  # names take some
     assert facts["budget"] == {"initial": metrics["initial_triplets"], "target": metrics["live_triplets"]}
     assert facts["steps"] == facts["phases"][-1]["last"] == metrics["steps"]
     assert [phase["name"] for phase in facts["phases"]] == ["warm-up", "pruning", "final"]

@@ -139,3 +139,11 @@ def test_two_layers_on_one_key_are_an_error_in_every_writer_and_reader(tmp_path:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
     with pytest.raises(ConfigError, match="twice"):
         read_peft_adalora(tmp_path)
+
+
+def test_a_field_that_is_none_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'target_rank': did you mean target_r"):
+        AdaLoraConfig(target_rank=2)
+    with pytest.raises(TypeError, match="its fields are"):  # by which PEFT knows files of later versions
+        AdaLoraConfig(xyzzy=2)
+    assert copy.deepcopy(AdaLoraConfig(target_r=2)).target_r == 2

@@ -11,14 +11,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
 except ModuleNotFoundError:
     sys.exit("Error: the command line needs the train extra: pip install 'adalora[train]'")
 
-from .. import __version__
+from .. import __version__, processes
 from ..core.errors import AdaLoraError
 from . import adapters, bench, look, report, train, use
 
@@ -94,12 +94,25 @@ def main() -> None:
         extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
         advice = f"pip install 'adalora[{extra}]'" if extra else f"pip install {error.name}"
         _fail(f"this needs the package {error.name}: {advice}", 2)
+    except OSError as error:
+        from ..files import unwritable
+
+        reason = unwritable(error)
+        if reason is None or error.filename is None:
+            _fail_unexpectedly(error)
+        _fail(f"{error.filename}: {reason}", 2)
     except Exception as error:  # whatever it is, a user reads one line; a developer asks for more
-        _fail(f"{type(error).__name__}: {error} (ADALORA_DEBUG=1 shows where)", 1)
+        _fail_unexpectedly(error)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail_unexpectedly(error: Exception) -> NoReturn:
+    said = " ".join(str(error).split())
+    _fail(f"{type(error).__name__}: {said} (ADALORA_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     if os.environ.get("ADALORA_DEBUG", "") not in {"", "0"}:
         traceback.print_exc()
-    typer.echo(f"Error: {message}", err=True)
+    process = f" in process {processes.rank()}" if processes.rank() else ""
+    typer.echo(f"Error{process}: {message}", err=True)
     sys.exit(code)

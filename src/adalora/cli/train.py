@@ -20,43 +20,49 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..runs import Mode
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")]
+
 
 @takes_recipe
 def train(
     asked: Asked,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model by a RECIPE or flags; with neither, the demo.
 
     The demo is MiniLM on film reviews. Flags and --set take the place of what the recipe says.
     """
-    if overwrite and resume:
-        raise typer.BadParameter("--overwrite and --resume exclude each other: replace the run, or continue it")
-    mode: Mode = "overwrite" if overwrite else "resume" if resume else "new"
+    mode = _mode(overwrite, resume)
     _train(asked.recipe(resume), mode, as_json)
 
 
 @takes_recipe
-def plan(asked: Asked, as_json: AsJson = False) -> None:
+def plan(asked: Asked, overwrite: Overwrite = False, resume: Resume = False, as_json: AsJson = False) -> None:
     """Say what train would do, and check it; nothing is written.
 
-    All that can be checked before training is checked: recipe, data, model, budget, schedule.
+    All that can be checked before training is checked: output folder, recipe, data, model, budget, schedule.
     """
+    mode = _mode(overwrite, resume)
     quieten()
     from .. import announcement
     from ..files import to_json
     from ..preparation import prepare
     from ..report.terminal import console
 
-    prepared = prepare(asked.recipe(), "overwrite")
+    prepared = prepare(asked.recipe(resume), mode)
     if as_json:
         typer.echo(to_json(announcement.as_json(prepared)))
         return
     announcement.announce(console(), prepared)
+
+
+def _mode(overwrite: bool, resume: bool) -> Mode:
+    if overwrite and resume:
+        raise typer.BadParameter("--overwrite and --resume exclude each other: replace the run, or continue it")
+    return "overwrite" if overwrite else "resume" if resume else "new"
 
 
 def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:

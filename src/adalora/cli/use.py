@@ -44,7 +44,10 @@ def predict(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Texts: the lines of a .txt, or the run's columns of a data file.", show_default=False),
+        typer.Option(
+            help="Texts: the lines of a .txt or of standard input (-), or the run's columns of a data file.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,

@@ -2,6 +2,7 @@
 
 AdaLoraError
 ├── ConfigError      a setting that cannot be meant (also a ValueError)
+│   ├── UnknownFieldError    no such field (also a TypeError)
 │   └── ScheduleError    step counts that leave no room to prune, or no step count at all
 └── StateError       a saved state that does not fit the model, or a call at the wrong time (also a RuntimeError)
 """
@@ -15,6 +16,10 @@ class AdaLoraError(Exception):
 
 class ConfigError(AdaLoraError, ValueError):
     """A setting has a value that cannot be meant; the message says which, what was expected and what to do."""
+
+
+class UnknownFieldError(ConfigError, TypeError):
+    """A configuration has no field of this name; the message says the nearest."""
 
 
 class ScheduleError(ConfigError):

@@ -71,6 +71,8 @@ def digest(rows: Dataset, columns: Sequence[str]) -> str:
 def _read(source: str, split: str, config: str | None) -> Dataset:
     if source == DEMO_REVIEWS:
         return demo_reviews(split)
+    if source == "-":
+        raise DataError("rows cannot be read from standard input (-): save them in a file, and give that")
     path = _local(source)
     if path.is_file():
         return read_file(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,12 @@ def read_file(path: Path) -> Dataset:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. DataError when it is not there, or naming what is not UTF-8."""
+    """The lines of a text file, or, of ``-``, of standard input, that are not blank.
+
+    Raises DataError when the file is not there, or naming what is not UTF-8.
+    """
+    if str(path) == "-":
+        return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not path.is_file():
         raise DataError(f"no file {path}")
     fault = _not_utf8(path)
@@ -85,11 +91,30 @@ def _quotes_are_text(path: Path) -> bool:
 
 
 def _read_separated(path: Path, separator: str) -> Dataset:
+    other = _other_separator(path, separator)
+    if other:
+        raise DataError(other)
     # A first row that is wider than the header would have pandas take its first field for a name of the row
     fault = _too_wide(path, separator, rows=1)
     if fault:
         raise DataError(fault)
     return Dataset.from_csv(str(path), sep=separator, **CSV)
+
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def _other_separator(path: Path, separator: str) -> str | None:
+    """What the columns are separated by, where the first line has another separator and not this one."""
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        header = next(lines, "").rstrip("\r\n")
+    found = [name for mark, name in _SEPARATORS.items() if mark in header]
+    wanted = _SEPARATORS[separator]
+    if not found or wanted in found or header.startswith('"'):
+        return None
+    kind = path.suffix.lower()
+    advice = f"save it with {wanted}" + (", or as .tsv" if found[0] == "tabs" else "")
+    return f"{path} separates its columns by {found[0]} ({header[:60]}), a {kind} by {wanted}: {advice}"
 
 
 def _read_json(path: Path) -> Dataset:

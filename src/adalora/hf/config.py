@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, UnknownFieldError
 from ..core.orthogonality import Orthogonality
 from ..core.schedule import Span, initial_rank
 from ..core.settings import Settings, check_rank
@@ -131,6 +133,16 @@ class AdaLoraConfig(LoraConfig):
             "compact": False,
         }
         return cls(**{**choices, **settings})
+
+    def __new__(cls, *args: Any, **given: Any) -> AdaLoraConfig:
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                advice = f"did you mean {near[0]}?" if near else "its fields are peft.LoraConfig's and a budget's."
+                # PEFT knows files of later versions by these words, and leaves out what it does not know
+                raise UnknownFieldError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {advice}")
+        return super().__new__(cls)
 
     def __post_init__(self, delta_t: Span | None) -> None:
         if delta_t is not None:
