@@ -287,7 +287,9 @@ def _batches(features: Dataset, collate: Any, size: int, seed: int) -> Iterator[
 
 
 def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
-    settings = recipe.training.model_dump(exclude={"group_by_length", "eval_steps", "save_steps", "warmup_steps"})
+    settings = recipe.training.model_dump(
+        exclude={"group_by_length", "eval_rows", "eval_steps", "save_steps", "warmup_steps"}
+    )
     reporters.check(recipe.training.report_to)
     settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
     try:

@@ -226,6 +226,12 @@ class TrainingSection(_Section):
     group_by_length: bool = Field(True, description="Batches of rows of like length: less padding, faster.")
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate on the way.")
     eval_steps: Interval | None = Field(None, description="With eval_strategy steps: how often.")
+    eval_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations on the way are on so many of the held-out rows, always the same ones; the last is on "
+        "all.",
+    )
     logging_steps: int = Field(10, ge=1, description="Steps between two values of the training loss.")
     report_to: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         [],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -19,7 +22,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from . import processes
 from .checkpoints import Progress, write_manifest
 from .core.errors import AdaLoraError
+from .data import DataError
 from .tasks import Task
+from .tasks.base import batches_by_length, device_of
+from .tasks.generation import IGNORED
 
 
 class TrainingError(AdaLoraError, RuntimeError):
@@ -47,18 +53,22 @@ class SteadyTrainer(Trainer):
         averages_over_items: bool,
         trace: Path,
         before: Progress | None,
+        rows_on_the_way: int | None = None,
         **settings: Any,
     ) -> None:
         """A Trainer of ``model`` on the features in ``train_dataset``, measured on the held-out ``rows``.
 
         Args:
             averages_over_items: the model's loss is over all items of accumulated batches, if told their number.
+            rows_on_the_way: evaluations before the last are on so many of the rows, always the same ones; None: on all.
             trace: of the run, if its method writes one.
             before: what led to the checkpoint to resume from.
         """
         self._trace, self._before = trace, before
         self._previous_loss: torch.Tensor | None = None
         self._task, self._tokenizer, self._rows = task, tokenizer, rows
+        some = rows_on_the_way is not None and rows_on_the_way < len(rows)
+        self._on_the_way = sorted(Random(0).sample(range(len(rows)), rows_on_the_way or 0)) if some else None
         self._lengths = [len(tokens) for tokens in train_dataset["input_ids"]] if group_by_length else None
         collate: Any = task.collator(tokenizer, model)
         super().__init__(
@@ -114,39 +124,94 @@ class SteadyTrainer(Trainer):
         write_manifest(checkpoint, self._trace, progress)
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
-        """Metrics on the held-out rows, logged as a Trainer does."""
-        metrics = {f"eval_{name}": value for name, value in self.measure(self._rows).items()}
+        """Metrics on the held-out rows, logged as a Trainer does: on the way perhaps on some of them, at the end on
+        all."""
+        few, last = self._on_the_way, self.state.global_step >= self.state.max_steps
+        rows = self._rows if few is None or last else self._rows.select(few)
+        with self._looking() as model:
+            answers = self._task.predict(model, self._tokenizer, rows, self.args.eval_batch_size)
+        metrics = {f"eval_{name}": value for name, value in self._task.metrics(answers, rows).items()}
         self.log(metrics)
+        if few is not None and last:  # what the evaluations before can be compared with
+            same = self._task.metrics([answers[index] for index in few], rows.select(few))
+            self.log({f"curve_{name}": value for name, value in same.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def measure(self, rows: Dataset) -> dict[str, float]:
         """Metrics on ``rows``. Leaves the random state and the model's mode as they were."""
-        task, tokenizer, size = self._task, self._tokenizer, self.args.eval_batch_size
+        with self._looking() as model:
+            answers = self._task.predict(model, self._tokenizer, rows, self.args.eval_batch_size)
+        return self._task.metrics(answers, rows)
+
+    def held_out_loss(self, rows: Dataset) -> float | None:
+        """Mean of the model's own loss over ``rows``, or over the tokens that they have labels for, without what a
+        method adds to it. None where the rows have no loss: no token of an answer is read of any, say."""
+        assert self.model is not None
+        collate: Any = self._task.collator(self._tokenizer, self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rows that are left out
+            try:
+                features = self._task.features(rows, self._tokenizer, self.model)
+            except DataError:
+                return None
+        total, items = 0.0, 0
+        with self._looking() as model, torch.no_grad():
+            plain: Any = model
+            if self.args.world_size == 1:  # PEFT's AdaLoRA adds a penalty; what is sharded is whole in its root alone
+                plain = getattr(model, "get_base_model", lambda: model)()
+            for _, batch in batches_by_length(features, self.args.eval_batch_size, collate, device_of(model)):
+                count = self._items(batch)
+                if count:
+                    total += plain(**batch).loss.item() * count
+                    items += count
+        return total / items if items else None
+
+    def _items(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """What the loss of a batch is the mean of: its tokens with labels, else its rows."""
+        labels = batch.get("labels")
+        if labels is None or labels.ndim < 2 or labels.is_floating_point():
+            return len(batch["input_ids"])
+        if self.model_accepts_loss_kwargs:  # a causal model, in which nothing predicts the first token
+            labels = labels[:, 1:]
+        return int((labels != IGNORED).sum())
+
+    @contextmanager
+    def _looking(self) -> Iterator[nn.Module]:
+        """The model in the mode and precision of evaluation; random state and mode are as before afterwards."""
         assert self.model is not None
         training = self.model.training
         self.model.eval()
         try:
             with torch.random.fork_rng(), self.autocast_smart_context_manager():
-                return task.metrics(task.predict(self.model, tokenizer, rows, size), rows)
+                yield self.model
         finally:
             self.model.train(training)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """Step, epoch and metrics of each evaluation so far."""
+        return self._logged("eval_")
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """As ``evaluations``, all on the same rows."""
+        found = self._logged("eval_")
+        return found if self._on_the_way is None else [*found[:-1], *self._logged("curve_")]
+
+    def _logged(self, prefix: str) -> list[dict[str, Any]]:
         return [
             {
                 "step": entry["step"],
                 "epoch": entry["epoch"],
                 "metrics": {
-                    key.removeprefix("eval_"): value
+                    key.removeprefix(prefix): value
                     for key, value in entry.items()
-                    if key.startswith("eval_") and key.removeprefix("eval_") in self._task.metric_names
+                    if key.startswith(prefix) and key.removeprefix(prefix) in self._task.metric_names
                 },
             }
             for entry in self.state.log_history
-            if f"eval_{self._task.headline}" in entry
+            if f"{prefix}{self._task.headline}" in entry
         ]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -88,6 +88,7 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
         averages_over_items=prepared.form.task_type == "CAUSAL_LM",
         trace=folder.trace,
         before=prepared.before,
+        rows_on_the_way=recipe.training.eval_rows,
     )
     if recipe.training.report_to:
         ranks = prepared.adapted.ranks if prepared.initial_ranks else None
@@ -99,6 +100,7 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
     if not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     more_metrics = {split: trainer.measure(rows) for split, rows in prepared.more_evaluations.items()}
+    loss = trainer.held_out_loss(prepared.evaluation)
     if not processes.is_first():
         return {}
 
@@ -109,8 +111,11 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
     metrics = {
         **_about(prepared),
         "metrics": trainer.evaluations[-1]["metrics"],
+        "loss": loss,
         "more_metrics": more_metrics,
         "evaluations": trainer.evaluations,
+        "curve": trainer.curve,
+        "start_steps": prepared.adapted.start_steps(),
         "log": trainer.state.log_history,
         "training_loss": trainer.training_loss,
         "steps": trainer.state.global_step,

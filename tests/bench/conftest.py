@@ -41,6 +41,7 @@ def tiny_grid(tiny_model: Path, rows: Path) -> dict[str, Any]:
         "methods": {"lora": None, "head": None},
         "budgets": ["rank 1"],
         "learning_rates": [5e-2, 1e-3],
+        "extend": 0,
         "seeds": {"choose": 0, "report": [1]},
     }
 

@@ -23,6 +23,7 @@ def grid(**keys: Any) -> Grid:
         "methods": {"lora": None, "adalora": None, "full": None},
         "budgets": ["rank 2", "rank 8"],
         "learning_rates": [1e-3, 5e-3],
+        "extend": 0,
         "seeds": {"choose": 0, "report": [1, 2, 3]},
     }
     return Grid.model_validate(raw | keys)

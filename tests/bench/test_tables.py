@@ -230,7 +230,8 @@ def test_the_page_has_rates_costs_and_every_metric() -> None:
     page = page_of(grid(), records)
     first = line(page, "lora", "rank 2", "3")
     assert first == (
-        "| lora | rank 2 | 3 | 80.00 ± 0.00 | – | – | – | 0.005 (0.001, 0.005) | 3,000 → 2,000 | 2.0 | 1,024 MiB |"
+        "| lora | rank 2 | 3 | 80.00 ± 0.00 | – | – | – | 80.00 | 0 | 0.005 (0.001, 0.005) | 3,000 → 2,000 | 2.0 |"
+        " 1,024 MiB |"
     )
     assert "| method | budget | accuracy | f1 |" in page.splitlines()
     assert "| lora | rank 2 | 80.00 ± 0.00 | 87.50 ± 0.00 |" in page.splitlines()

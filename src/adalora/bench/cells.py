@@ -25,6 +25,7 @@ from ..files import write_json
 from ..recipe import RecipeError, differences, dump, validate
 from ..recipe_text import parse_yaml
 from ..runs import RunFolder
+from .collapse import is_collapsed
 from .errors import BenchError
 from .grid import Cell
 from .records import Record
@@ -243,6 +244,14 @@ def record_of(cell: Cell, output: Path) -> Record | None:
     usage = {key: note.get(key) for key in ("cpu_seconds", "peak_bytes", "gpu_peak_bytes")}
     seconds = note.get("seconds", metrics["seconds"])  # without its own when it was killed right after training
     parts = {key: metrics[key] for key in ("metrics", "parameters", "ranks", "versions")}
+    baseline = (metrics.get("baseline") or {}).get("metrics")
+    parts |= {
+        "loss": metrics.get("loss"),
+        "collapsed": is_collapsed(kind, metrics["metrics"], baseline),
+        "steps": metrics.get("steps"),
+        "start_steps": metrics.get("start_steps", 0.0),
+        "curve": [[point["step"], point["metrics"].get(kind.headline)] for point in metrics.get("curve", ())],
+    }
     for split, values in metrics["more_metrics"].items():  # such as the mismatched half of MNLI
         parts["metrics"] |= {f"{name}, {split}": value for name, value in values.items()}
     return Record(**asdict(found) | usage | parts | {"seconds": seconds, "resumed": note["resumed"]})

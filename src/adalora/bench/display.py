@@ -36,11 +36,11 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=grid.total, completed=len(records), status="")
+        self._task = self._bar.add_task("", total=self._total, completed=len(records), status="")
 
     def __enter__(self) -> Display:
         before = f", of which {len(self._records)} are finished" if self._records else ""
-        self._say(f"{self._grid.name}: {self._grid.total} cells{before}. Results in {self._grid.output}")
+        self._say(f"{self._grid.name}: {self._total} cells{before}. Results in {self._grid.output}")
         self._bar.start()
         return self
 
@@ -60,7 +60,7 @@ class Display:
             outcome = f"{record.headline} {number(record.score)} in {duration(record.seconds or 0)}"
         else:
             outcome = f"failed: {record.failure}"
-        line = f"[{len(self._records)} of {self._grid.total}] {cell}: {outcome}"
+        line = f"[{len(self._records)} of {self._total}] {cell}: {outcome}"
         if not self._console.is_terminal:
             line += f"; {self._counts()}"
         self._say(line, style="red" if record.state == "failed" else None)
@@ -68,7 +68,14 @@ class Display:
 
     def _update(self) -> None:
         running = "; ".join(str(cell) for cell in self._running)
-        self._bar.update(self._task, completed=len(self._records), status=f"{self._counts()}. Running: {running}")
+        self._bar.update(
+            self._task, total=self._total, completed=len(self._records), status=f"{self._counts()}. Running: {running}"
+        )
+
+    @property
+    def _total(self) -> int:
+        """More than at first once rates are added."""
+        return len(self._records) + len(_left(self._grid, self._records))
 
     def _counts(self) -> str:
         failed = sum(record.state == "failed" for record in self._records.values())

@@ -7,12 +7,12 @@ rate, seed and folder. Every recipe that can come out is validated before anythi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from .. import methods, tasks
 from ..preparation import completed
@@ -94,6 +94,10 @@ def _check_budget(budget: int | str) -> int | str:
     )
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
 def _check_distinct(values: list[Any]) -> list[Any]:
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
@@ -110,18 +114,24 @@ class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,))
 
 
+_Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], AfterValidator(_check_distinct)]
+
+
 class Seeds(_Keys):
     """Which seeds are for what."""
 
-    choose: int = Field(0, ge=0, lt=2**32, description="Seed on which learning rates are chosen; not reported.")
-    report: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], AfterValidator(_check_distinct)] = Field(
-        [1, 2, 3, 4, 5], min_length=1, description="Seeds that are reported, at the chosen rate."
+    choose: Annotated[_Seeds, BeforeValidator(_as_list)] = Field(
+        [11, 12],
+        min_length=1,
+        description="Seeds over which learning rates are chosen by their mean; not reported. One may stand alone.",
     )
+    report: _Seeds = Field([1, 2, 3, 4, 5], min_length=1, description="Seeds that are reported, at the chosen rate.")
 
     @model_validator(mode="after")
     def _check(self) -> Seeds:
-        if self.choose in self.report:
-            raise ValueError(f"the seed {self.choose} chooses the learning rate, so it cannot be reported, too")
+        for seed in self.choose:
+            if seed in self.report:
+                raise ValueError(f"the seed {seed} chooses the learning rate, so it cannot be reported, too")
         return self
 
 
@@ -150,6 +160,13 @@ class Grid(_Keys):
     )
     learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_check_distinct)] = Field(
         min_length=1, description="Rates to choose from, the same for every task. With a single one nothing is chosen."
+    )
+    extend: int = Field(
+        2,
+        ge=0,
+        le=10,
+        description="How many rates may be added, one after the other, while the best is the lowest or the highest of "
+        "those tried: the next by the same factor, of each method alike. 0: none.",
     )
     seeds: Seeds = Field(Seeds.model_validate({}), description="Which seeds are for what.")
     reference: str | None = Field(None, description="Method that others are compared with. Default: lora, if there.")
@@ -190,28 +207,42 @@ class Grid(_Keys):
         """The folder of everything that it writes."""
         return Path(self.output).expanduser()
 
+    def possible_rates(self, method: str) -> list[float]:
+        """All rates that a method could come to be run at, those that may be added on either side included."""
+        low = high = self.rates(method)
+        for _ in range(self.extend if len(low) > 1 else 0):
+            low, high = [next_rate(low, low[0]), *low], [*high, next_rate(high, high[-1])]
+        return sorted({*low, *high})
+
     @property
     def total(self) -> int:
-        """Cells in all."""
+        """Cells in all, if no rate is added."""
         return sum(len(list(self.choose_cells(group))) + len(self.seeds.report) for group in self.groups)
 
-    def choose_cells(self, group: Group) -> Iterator[Cell]:
-        """The cells that choose a group's learning rate; none where there is nothing to choose."""
-        rates = self.rates(group.method)
-        for rate in rates if len(rates) > 1 else ():
-            yield self.cell(group, rate, self.seeds.choose, "choose")
+    def choose_cells(self, group: Group, rates: Sequence[float] | None = None) -> Iterator[Cell]:
+        """The cells that choose a group's learning rate among ``rates`` (default: those of the grid); none where there
+        is nothing to choose."""
+        rates = self.rates(group.method) if rates is None else rates
+        for seed in self.seeds.choose if len(self.rates(group.method)) > 1 else ():
+            for rate in rates:
+                yield self.cell(group, rate, seed, "choose")
 
     def report_cells(self, group: Group, rate: float) -> Iterator[Cell]:
         """The cells that are reported, at the chosen rate."""
         for seed in self.seeds.report:
             yield self.cell(group, rate, seed, "report")
 
-    def possible_cells(self) -> Iterator[Cell]:
-        """Each cell that could come to be run, whichever rates are chosen."""
+    def possible_cells(self, where: Callable[[str], bool] = lambda folder: True) -> Iterator[Cell]:
+        """Each cell that could come to be run, whichever rates are added and chosen, of which ``where`` is true of the
+        folder."""
         for group in self.groups:
-            yield from self.choose_cells(group)
-            for rate in self.rates(group.method):
-                yield from self.report_cells(group, rate)
+            seeds: dict[int, Role] = dict.fromkeys(self.seeds.report, "report")
+            if len(self.rates(group.method)) > 1:
+                seeds |= dict.fromkeys(self.seeds.choose, "choose")
+            for rate in self.possible_rates(group.method):
+                for seed, role in seeds.items():
+                    if where(cell_folder(group, rate, seed)):
+                        yield self.cell(group, rate, seed, role)
 
     def cell(self, group: Group, rate: float, seed: int, role: Role) -> Cell:
         """One cell. RecipeError when its recipe is at fault."""
@@ -231,6 +262,14 @@ class Grid(_Keys):
         unread = set(METHOD_SECTIONS) - {methods.get(raw["method"]).section}
         raw = {key: value for key, value in raw.items() if key not in unread}
         return validate(raw, str(group))
+
+
+def next_rate(rates: Sequence[float], edge: float) -> float:
+    """The rate beyond the lowest or the highest of at least two, by the factor between that and its neighbour, to three
+    digits."""
+    rates = sorted(rates)
+    beside = rates[1] if edge == rates[0] else rates[-2]
+    return float(f"{edge * edge / beside:.3g}")
 
 
 def laid_over(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +305,7 @@ def read_grid(path: Path) -> Grid:
     for group in grid.groups:
         for rate in grid.rates(group.method):
             try:
-                _check_cell(grid.cell(group, rate, grid.seeds.choose, "choose"))
+                _check_cell(grid.cell(group, rate, grid.seeds.choose[0], "choose"))
             except RecipeError as error:
                 raise RecipeError(f"{path}, {error}") from error
     return grid

@@ -67,6 +67,9 @@ def _row_as_json(row: Row) -> dict[str, Any]:
         "seeds_missing": row.missing,
         "lost": row.lost,
         "seeds_undefined": row.undefined,
+        "seeds_collapsed": row.collapsed,
+        "worst": row.worst,
+        "loss": row.loss._asdict(),
         "failures": [
             {"role": cell.role, "learning_rate": cell.learning_rate, "seed": cell.seed, "why": cell.failure}
             for cell in row.failures

@@ -40,6 +40,16 @@ class Record:
     """Whether of two scores the lower one is better."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     """All metrics on the held-out rows; None where not defined. Empty of a cell that failed."""
+    loss: float | None = None
+    """Mean loss on the held-out rows, without any regulariser; None where the run did not measure it."""
+    collapsed: bool = False
+    """Nothing was learned: see :mod:`.collapse`."""
+    steps: int | None = None
+    """Optimizer steps of the training."""
+    start_steps: float = 0.0
+    """What was done before the first step, in steps' worth of passes forward and backward."""
+    curve: list[list[float | None]] = field(default_factory=list)
+    """Pairs of a step and the headline metric there, on the same rows each time."""
     parameters: dict[str, int] = field(default_factory=dict)
     """``adapter_start``, ``adapter_saved``, ``head``, ``trainable``."""
     ranks: dict[str, int] = field(default_factory=dict)

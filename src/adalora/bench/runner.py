@@ -128,10 +128,12 @@ def _too_long(grid: Grid, seconds: float) -> str | None:
 
 def _check_folders(grid: Grid) -> None:
     """BenchError when some folder holds the run of another recipe, be it one that is not looked at before hours."""
-    for cell in grid.possible_cells():
-        folder = CellFolder(grid.folder / cell.folder)
-        if folder.condition in {"done", "interrupted"}:
-            check_asked(cell, folder)
+
+    def was_run(folder: str) -> bool:
+        return CellFolder(grid.folder / folder).condition in {"done", "interrupted"}
+
+    for cell in grid.possible_cells(was_run):
+        check_asked(cell, CellFolder(grid.folder / cell.folder))
 
 
 def _take_in(grid: Grid, records: dict[str, Record], retry: bool, running: Collection[str] = ()) -> None:

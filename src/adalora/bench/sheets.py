@@ -30,7 +30,7 @@ def how_to_read(found: Results) -> Iterator[str]:
     """What is compared, and how much a few seeds can claim."""
     yield (
         "Means ± sample standard deviation over the reported seeds. Shares and correlations are in points (× 100). "
-        "Where learning rates stand in brackets, one of them was chosen on a seed that is not reported."
+        "Where learning rates stand in brackets, one of them was chosen on seeds that are not reported."
     )
     if found.versions:
         mixed = any(len(versions) > 1 for versions in found.versions.values())
@@ -89,20 +89,27 @@ def sheets_of_task(table: Table, reference: str | None) -> Iterator[Sheet]:
 def _comparison(table: Table, reference: str | None) -> Sheet:
     """The headline metric of each row, and how far it is from the reference's."""
     costs = any(row.learning_rates for row in table.rows)
+    losses = any(row.loss.n for row in table.rows)
     columns = ["method", "budget", "seeds", _metric(table, table.headline)]
     if reference is not None:
         columns += [f"minus {reference}", f"{CONFIDENCE:.0%} interval", "p"]
+    columns += ["worst", "collapsed"] if costs else []
+    columns += ["loss ↓"] if losses else []
     if costs:
         columns += ["learning rate", "parameters", "minutes", "memory"]
     rows = []
     for row in table.rows:
         cells = [row.group.method, _budget(row.group.budget), _seeds(row), _summary(table, table.headline, row.summary)]
         cells += _difference(table, row) if reference is not None else []
+        cells += [_score(table, row.worst), str(len(row.collapsed)) if row.scores else _NONE] if costs else []
+        cells += [f"{_number(row.loss.mean, 4)} ± {_number(row.loss.deviation, 4)}"] if losses else []
         cells += [_rates(row), *_cost(row)] if costs else []
         rows.append(cells)
     note = (
         "Parameters are the adapter's, at the start → as saved; memory is that of the largest run, on the GPU where "
-        "there was one, else of its process with all libraries."
+        "there was one, else of its process with all libraries. Worst is the score of the worst seed; a collapsed run "
+        "is no better than a constant answer."
+        + (" Loss is the mean on the held-out rows, without any regulariser." if losses else "")
     )
     return Sheet(table.title, note if costs else f"{table.words}.", 2, columns, rows)
 

@@ -46,6 +46,9 @@ class Row:
     cost: Cost = field(default_factory=Cost)
     wanted: int = 0  # seeds that the grid asks for
     undefined: list[int] = field(default_factory=list)  # seeds at which it is not defined, so that it counts as 0
+    collapsed: list[int] = field(default_factory=list)  # seeds at which nothing was learned
+    worst: float = math.nan  # score of the worst seed
+    loss: Summary = field(default_factory=lambda: summary(()))  # on the held-out rows
     failures: list[Record] = field(default_factory=list)  # reported cells that broke, and those that were to choose
     lost: bool = False  # no learning rate gave a result, so there is nothing to report
 
@@ -150,7 +153,7 @@ def average(tables: Sequence[Table], budget: Budget, reference: str | None) -> T
 
 def _of_task(grid: Grid, task: str, records: Sequence[Record], lost: set[Group]) -> Table:
     groups = sorted((group for group in grid.groups if group.task == task), key=lambda group: group.budget is None)
-    recipe = grid.cell(groups[0], grid.rates(groups[0].method)[0], grid.seeds.choose, "choose").recipe
+    recipe = grid.cell(groups[0], grid.rates(groups[0].method)[0], grid.seeds.choose[0], "choose").recipe
     kind = tasks.get(recipe.task)
     rows = [_row(group, records, len(grid.seeds.report), group in lost) for group in groups]
     measured = [record.metrics for record in records]
@@ -189,6 +192,9 @@ def _row(group: Group, records: Sequence[Record], wanted: int, lost: bool) -> Ro
         cost=_cost(done),
         wanted=wanted,
         undefined=undefined,
+        collapsed=sorted(record.seed for record in done if record.collapsed),
+        worst=(max if any(record.lower_is_better for record in done) else min)(scores.values(), default=math.nan),
+        loss=summary(_finite(record.loss for record in done)),
         failures=[record for record in own if record.state == "failed"],
         lost=lost,
     )
