@@ -152,6 +152,17 @@ def test_a_killed_run_resumes_to_the_same_bits(adalora: Run, tiny_run: list[obje
     assert Path("run/trace.jsonl").read_text() == (finished / "trace.jsonl").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="forks, and kills by signals")
+def test_forty_kills_are_resumed_to_the_same_bits(tiny_run: list[object]) -> None:
+    """By SIGKILL, SIGTERM and SIGINT, alone and of two processes, at any moment; half of them are killed twice."""
+    command = [sys.executable, "-m", "tests.cli.kills", "40", *map(str, tiny_run)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 40
+
+
 def test_batches_of_mixed_length_resume_to_the_same_bits(adalora: Run, tiny_run: list[object]) -> None:
     mixed = ["--set", "training.group_by_length=false", "--set", "training.save_total_limit=20"]
     assert adalora("train", *tiny_run, *mixed).code == 0

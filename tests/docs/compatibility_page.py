@@ -44,8 +44,8 @@ class Row(NamedTuple):
 
 
 PACKAGES = (
-    "torch", "peft", "transformers", "accelerate", "trl", "lightning", "schedulefree", "bitsandbytes", "torchao", "hqq",
-    "diffusers",
+    "torch", "peft", "transformers", "accelerate", "trl", "sentence-transformers", "setfit", "lightning",
+    "schedulefree", "bitsandbytes", "torchao", "hqq", "diffusers",
 )  # fmt: skip
 
 

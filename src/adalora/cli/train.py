@@ -71,6 +71,8 @@ def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
     from ..preparation import prepare
     from ..progress import ShowProgress
     from ..report import terminal
+    from ..report.page import write_report
+    from ..report.run import read_run
     from ..training import train
 
     out = terminal.console(stderr=as_json)
@@ -79,6 +81,8 @@ def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
     prepared = prepare(recipe, mode)
     if prepared.finished is not None:
         out.print(f"The run in {prepared.folder.path} is finished already, and nothing was to be done.")
+        if processes.is_first() and not prepared.folder.report.is_file():  # it was killed right before
+            write_report(prepared.folder.report, [read_run(prepared.folder.path)])
         _show(out, prepared.folder.path, prepared.finished, as_json)
         return
     announce(out, prepared)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..core.errors import StateError
 from ..core.trace import TraceFile
 from .adapters import STATE_NAME, allocator, load_state, save_state
+from .layers import adapter_names
 from .start import start_under, trainer_of
 
 UNSEEN_STEPS = 20  # a loss scaler may skip the first few
@@ -46,7 +47,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
+        model = _trained(kwargs["model"])
         ours = allocator(model, self.adapter_name)
         if state.global_step > 0:
             self._resume(model, args, state)
@@ -67,7 +68,7 @@ class AdaLoraCallback(TrainerCallback):
             ours.trace_file.start(ours.header(), after_step=ours.step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ours = allocator(kwargs["model"], self.adapter_name)
+        ours = allocator(_trained(kwargs["model"]), self.adapter_name)
         if ours.step == 0 and state.global_step >= UNSEEN_STEPS:
             raise StateError(
                 f"{state.global_step} optimizer steps have passed and none of them was the adapter's: the optimizer"
@@ -85,7 +86,7 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        ours = allocator(kwargs["model"], self.adapter_name)
+        ours = allocator(_trained(kwargs["model"]), self.adapter_name)
         figures = {
             "adalora/budget": ours.budget,
             "adalora/live": ours.spent,
@@ -99,12 +100,12 @@ class AdaLoraCallback(TrainerCallback):
         """After everything else is written: its presence says that the checkpoint is complete."""
         directory = _checkpoint(args, state)
         if state.is_world_process_zero and directory.is_dir():
-            save_state(kwargs["model"], directory, self.adapter_name)
+            save_state(_trained(kwargs["model"]), directory, self.adapter_name)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ours = allocator(kwargs["model"], self.adapter_name)
+        ours = allocator(_trained(kwargs["model"]), self.adapter_name)
         unit = ours.settings.budget_unit
         if not ours.frozen:
             warnings.warn(
@@ -149,6 +150,22 @@ class AdaLoraCallback(TrainerCallback):
                 " (steps skipped by a loss scaler, or another checkpoint's state).",
                 stacklevel=2,
             )
+
+
+def _trained(model: Any) -> nn.Module:
+    """The model that a Trainer hands to its callbacks; of a wrapper that is no module (SetFit's), the part that has an
+    adapter."""
+    if isinstance(model, nn.Module):
+        return model
+    parts = [part for part in vars(model).values() if isinstance(part, nn.Module) and adapter_names(part)]
+    if len(parts) != 1:
+        found = "none of whose parts has" if not parts else f"{len(parts)} of whose parts have"
+        raise StateError(
+            f"this Trainer gives its callbacks a {type(model).__name__}, {found} an AdaLoRA adapter: add one to the"
+            " model that is trained, with its add_adapter(AdaLoraConfig(...)) or adalora.get_peft_model, before the"
+            " Trainer is made."
+        )
+    return parts[0]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
