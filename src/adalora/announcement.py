@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -23,7 +23,7 @@ class Phase(NamedTuple):
     name: str  # warm-up, pruning or final; fixed where nothing is pruned
     first: int
     last: int
-    before: int  # triplets that may live when it begins
+    before: int  # of the budget that may live when it begins
     after: int  # and when it ends
 
 
@@ -50,7 +50,7 @@ def budget_of(prepared: Prepared) -> Budget | None:
     return Budget(
         at=schedule.budget,
         phase=lambda step: next((phase.name for phase in course if step <= phase.last), ""),
-        live=lambda: sum(prepared.adapted.ranks().values()),
+        live=lambda: _spent(prepared, prepared.adapted.ranks().values()),
     )
 
 
@@ -82,7 +82,9 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "baseline": {"answer": prepared.baseline[0], "metrics": prepared.baseline[1]} if prepared.baseline else None,
         "matrices": len(ranks),
         "initial_ranks": ranks,
-        "budget": None if schedule is None else {"initial": schedule.initial_budget, "target": schedule.target_budget},
+        "budget": None
+        if schedule is None
+        else {"initial": schedule.initial_budget, "target": schedule.target_budget, "unit": schedule.unit},
         "parameters": {
             "adapter_start": start,
             "adapter_end": min(max(evenly, least), most),
@@ -95,6 +97,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "resumed_from_step": prepared.resumed_step,
         "phases": [] if schedule is None else [phase._asdict() for phase in phases(schedule, _done(prepared))],
         "steps_between_allocations": schedule.delta_t if schedule is not None and schedule.prunes else None,
+        "warning": (schedule.shortness() if schedule is not None else "") or None,
         "rows_per_step": prepared.rows_per_step,
         "learning_rate": recipe.training.learning_rate,
         "seed": recipe.seed,
@@ -119,6 +122,7 @@ def announce(out: Console, prepared: Prepared) -> None:
         "Steps": f"{prepared.total_steps:,} of {prepared.rows_per_step} rows each, "
         f"learning rate {recipe.training.learning_rate:g}, seed {recipe.seed}",
         "Phases": _course(prepared),
+        "Beware": facts["warning"] or "",
         "Resuming": _resuming(prepared),
         "Result": f"{facts['result']} in {prepared.folder.path}, {_spread(facts, 'result_bytes', _size)}",
     }
@@ -156,8 +160,9 @@ def _method(prepared: Prepared) -> str:
     spread = f"rank {first}" if first == last else f"ranks {first} to {last}"
     if schedule is None or not schedule.prunes:
         return f"{method} on {len(ranks)} matrices, {spread} each"
-    end = schedule.target_budget / len(ranks)
-    return f"{method} on {len(ranks)} matrices, {spread} each at first, {end:.3g} on average at the end"
+    end = f"{schedule.target_budget / sum(_costs(prepared)):.3g}"
+    end = f"{end} on average" if schedule.unit == "triplets" else f"the parameters of rank {end}"
+    return f"{method} on {len(ranks)} matrices, {spread} each at first, {end} at the end"
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:
@@ -183,7 +188,7 @@ def _course(prepared: Prepared) -> str:
     schedule = prepared.budget
     if schedule is None:
         return ""
-    unit = "doublets" if "doublets" in prepared.schedule else "triplets"
+    unit = "doublets" if "doublets" in prepared.schedule else schedule.unit
     every = "every step" if schedule.delta_t == 1 else f"every {schedule.delta_t} steps"
     words = {
         "fixed": "{before:,} {unit}, nothing is pruned",
@@ -211,6 +216,7 @@ def _end(prepared: Prepared) -> tuple[int, int]:
     begins = header()
     sizes = sorted(zip(begins["triplet_parameters"], begins["initial_ranks"], strict=True))
     beside = start - sum(map(operator.mul, *zip(*sizes, strict=True)))
+    beside -= 0 if "doublets" in prepared.schedule else sum(begins["initial_ranks"])  # λ, which is folded into Q
     budget = schedule.target_budget
     if begins.get("budget_unit") == "parameters":  # filled up to less than a triplet of the largest kind
         return beside + budget - sizes[-1][0] + 1, beside + budget
@@ -226,11 +232,27 @@ def _taken_from(sizes: Sequence[tuple[int, int]], count: int) -> int:
     return total
 
 
+def _costs(prepared: Prepared) -> list[int]:
+    """What one triplet of each matrix takes of the budget."""
+    header, schedule = prepared.adapted.header, prepared.budget
+    assert header is not None and schedule is not None
+    each: list[int] = header()["triplet_parameters"]
+    return each if schedule.unit == "parameters" else [1] * len(each)
+
+
+def _spent(prepared: Prepared, ranks: Iterable[int]) -> int:
+    """What these ranks take of the budget."""
+    return sum(map(operator.mul, ranks, _costs(prepared)))
+
+
 def _pruned_parameters(prepared: Prepared) -> int:
-    """How many parameters the budget takes from the adapter, if it takes the same share of each matrix."""
+    """How many parameters the budget takes from the adapter: at least, where it counts them; otherwise if it takes the
+    same share of each matrix."""
     header, schedule = prepared.adapted.header, prepared.budget
     if header is None or schedule is None:
         return 0
+    if schedule.unit == "parameters":
+        return schedule.initial_budget - schedule.target_budget
     begins = header()
     initial: int = sum(map(operator.mul, begins["triplet_parameters"], begins["initial_ranks"]))
     return round(initial * (1 - schedule.target_budget / schedule.initial_budget))

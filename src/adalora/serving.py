@@ -66,7 +66,7 @@ def export(
     out: Path,
     form: str = "lora",
     *,
-    rank: int | None = None,
+    rank: float | None = None,
     pad: bool = False,
     dtype: str | None = None,
     base: str | None = None,

@@ -1,11 +1,12 @@
 """What a step dispatches and what it keeps: as much for many matrices as for few, nothing without need.
 
-Operations on a list of tensors count once, views not at all.
+Operations on a list of tensors count once; views, reshapes and allocations not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,30 @@ def test_a_step_takes_at_most_sixty_operations(
     few, many = (operations(phase, matrices, shapes, ranks=ranks) for matrices in (12, 216))
     assert few.by_name == many.by_name
     assert 0 < many.total <= MOST
+
+
+class ViewCounter(TorchDispatchMode):
+    """What the other counter leaves out because it computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.views += func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_the_readme_says_of_a_step() -> None:
+    """49 operations for two lengths of vectors, 56 for three, 7 more for a fourth; 4 or 5 views a matrix."""
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    two, three, four = (operations("pruning", 24, shapes).total for shapes in (BERT, LLAMA, [*LLAMA, (10, 8)]))
+    assert f"{two} tensor operations on BERT's matrices and {three} on Llama's" in readme
+    assert three - two == four - three == 7 and "(7 for each length of singular vectors)" in readme
+    for ranks in ((4,), (4, 2, 3)):
+        counter = ViewCounter()
+        step_of("pruning", model(216, LLAMA, ranks), counter)
+        assert 4 <= counter.views // 216 <= 5 and "views, 4 or 5 a matrix" in readme
 
 
 @pytest.mark.parametrize("orthogonality", orth.KINDS)

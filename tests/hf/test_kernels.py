@@ -22,7 +22,7 @@ from adalora import AdaLoraConfig
 from adalora.core.errors import ConfigError
 from adalora.hf.kernels import _FusedLayer, fuse_layers
 
-from .models import ARCHITECTURES, batch, bert
+from .models import ARCHITECTURES, VOCABULARY, batch, bert
 
 
 def adapted(name: str, kernel: str, *, seed: int = 0, **settings: Any) -> nn.Module:
@@ -460,3 +460,88 @@ def test_six_operations_a_matrix() -> None:
 
     growth = [operations(20, frozen) - operations(2, frozen) for frozen in (False, True)]
     assert growth[0] - growth[1] == 18 * 7 * 6
+
+
+# ------------------------------------------------------------------------------------------------ rank 0
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv(self.words(ids).mT).mT
+        out: Tensor = self.last(self.first(x))
+        return out
+
+
+MIXED = ["words", "conv", "first", "last"]
+
+
+def only_one_left(layer: str, kernel: str = "fused") -> nn.Module:
+    """Pruned to one triplet in all, of this layer, and compacted."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        target_modules=MIXED, target_r=0.25, init_r=2, total_step=9, tinit=1, tfinal=1, deltaT=9, kernel=kernel
+    )
+    model = adalora.get_peft_model(Mixed(), config)
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1)
+    triplets = {t.name: t for t in adalora.allocator(model).triplets}
+    for _ in range(9):
+        model(torch.arange(8).view(2, 4)).square().mean().backward()
+        for name, t in triplets.items():
+            if name != layer:
+                t.lam.grad = torch.zeros_like(t.lam)
+                t.p.grad = t.q.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert adalora.ranks(model) == {name: int(name == layer) for name in MIXED}
+    return model
+
+
+def operations_of(model: nn.Module) -> Any:
+    model.zero_grad()  # else a gradient that is there is added to
+    with OperationCounter() as counter:
+        model(torch.arange(8).view(2, 4)).square().mean().backward()
+    return counter.by_name
+
+
+@pytest.mark.parametrize("left", ["words", "conv", "first"])
+def test_a_layer_of_rank_0_leaves_the_graph(left: str) -> None:
+    """Forwards and backwards, not one operation more than with the base layer in its place."""
+    model = only_one_left(left)
+    bare = copy.deepcopy(model)
+    for name in MIXED:
+        if name != left:
+            setattr(bare.base_model.model, name, getattr(bare.base_model.model, name).base_layer)
+    x = torch.arange(8).view(2, 4)
+    assert torch.equal(model(x), bare(x))
+    assert operations_of(model) == operations_of(bare)
+    again = pickle.loads(pickle.dumps(model))
+    assert operations_of(again) == operations_of(bare)
+
+
+def test_a_convolution_of_rank_0_runs_with_either_kernel() -> None:
+    """There is no convolution with no outputs."""
+    operations_of(only_one_left("first", "reference"))
+
+
+def test_a_layer_of_rank_0_with_a_bias_or_a_magnitude_of_its_own_stays() -> None:
+    for settings in ({"lora_bias": True}, {"use_dora": True}):
+        config = AdaLoraConfig(target_modules=["first"], target_r=1, init_r=1, total_step=9, **settings)
+        model = adalora.get_peft_model(Mixed(), config)
+        layer = model.base_model.model.first
+        (triplets,) = adalora.allocator(model).triplets
+        triplets.keep(torch.tensor([], dtype=torch.int64))
+        with torch.no_grad():
+            if "lora_bias" in settings:
+                layer.lora_B["default"].bias.fill_(1.0)
+            else:
+                layer.lora_magnitude_vector["default"].weight.mul_(2.0)
+        x = torch.randn(2, 6)
+        assert not torch.allclose(layer(x), layer.base_layer(x))

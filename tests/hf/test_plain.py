@@ -272,10 +272,10 @@ def test_an_export_knows_the_importance_of_its_triplets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (0, "at least 1"),
-        (-1, "at least 1"),
-        (True, "whole number"),
-        (1.5, "whole number"),
+        (0, "rank=0 must be an average rank above 0"),
+        (-1, "above 0"),
+        (True, "above 0"),
+        (0.1, "rank 0.1 for each of 4 matrices leaves no triplet at all"),
         (4, "makes 16 triplets, but the adapter has 12.*choose 3 or less"),
     ],
 )
@@ -286,6 +286,13 @@ def test_ranks_that_cannot_be_meant(rank: Any, words: str, base: nn.Module, tmp_
 
 
 # ----------------------------------------------------------------------------------------------- out of AdaLoRA's hands
+
+
+def test_a_fraction_is_a_triplet_for_some_of_the_matrices(base: nn.Module, tmp_path: Path) -> None:
+    lora(base, r=3).save_pretrained(tmp_path)
+    whole = PlainAdapter.read(tmp_path)
+    assert [sum(whole.truncate(rank).ranks.values()) for rank in (0.25, 0.5, 0.99, 1.5)] == [1, 2, 3, 6]
+    assert whole.truncate(1.5).truncate(0.5).ranks == whole.truncate(0.5).ranks
 
 
 @pytest.fixture(scope="module")

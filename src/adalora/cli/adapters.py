@@ -24,7 +24,8 @@ def export(
         str | None, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.", show_default=False)
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="K", help="Keep the best triplets, K a matrix on average.", show_default=False)
+        float | None,
+        typer.Option(metavar="K", help="Keep the best triplets, K (or 0.25) a matrix on average.", show_default=False),
     ] = None,
     pad: Annotated[bool, typer.Option("--max-rank-pad", help="Bring every module to the largest rank.")] = False,
     base: Annotated[

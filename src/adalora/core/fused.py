@@ -235,7 +235,7 @@ class Products:
         whole = {
             key: parts
             for key, parts in factors.items()
-            if parts[0].device == device and all(type(part) is nn.Parameter for part in parts)
+            if parts[0].device == device and all(type(part) is nn.Parameter for part in parts) and parts[1].numel()
         }
         if not whole:
             return

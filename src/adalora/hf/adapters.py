@@ -143,7 +143,7 @@ def export_lora(
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
-    rank: int | None = None,
+    rank: float | None = None,
     pad: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -156,7 +156,7 @@ def export_lora(
         model: any model with the adapter in it.
         directory: where to write.
         adapter_name: may be left out when the model has one AdaLoRA adapter.
-        rank: keep only the best triplets of all modules together, so many a matrix on average.
+        rank: keep only the best triplets of all modules together, so many a matrix on average: 0.25 for one in four.
         pad: bring every module to the largest rank with zeros, for engines that want uniform tensors.
         dtype: of the tensors in the file.
 

@@ -29,7 +29,8 @@ class AdaLoraCallback(TrainerCallback):
             checkpoint in its own output directory.
         adapter_name: which adapter, when the model has several.
 
-    Each log line of the Trainer gains ``adalora/budget``, ``adalora/live`` (triplets kept) and
+    Each log line of the Trainer gains ``adalora/budget``, ``adalora/live`` (triplets kept),
+    ``adalora/spent`` (what they take of a budget in parameters) and
     ``adalora/orthogonality`` (mean ‖XXᵀ - I‖_F). What a Trainer reports to (its ``report_to``) is called before these
     callbacks and does not see them: ``adalora.monitoring.ReportRanks`` sends them there, with the ranks.
     """
@@ -89,9 +90,11 @@ class AdaLoraCallback(TrainerCallback):
         ours = allocator(_trained(kwargs["model"]), self.adapter_name)
         figures = {
             "adalora/budget": ours.budget,
-            "adalora/live": ours.spent,
+            "adalora/live": ours.live,
             "adalora/orthogonality": ours.orthogonality_error(),
         }
+        if ours.settings.budget_unit != "triplets":
+            figures["adalora/spent"] = ours.spent
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)

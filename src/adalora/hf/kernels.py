@@ -3,6 +3,9 @@
 The class of a layer is replaced by a subclass of it whose ``forward`` takes the common case (one active adapter, not
 merged, a linear layer, no variant such as DoRA) and leaves everything else to PEFT's. Nothing else of the layer
 changes. docs/decisions/007 says why this is not one of PEFT's variants.
+
+A layer that has come to rank 0 is its base layer alone, convolutions and embeddings too: nothing of the adapter is
+computed, forwards or backwards.
 """
 
 from __future__ import annotations
@@ -33,6 +36,14 @@ def fuse(layer: LoraLayer) -> bool:
     if not issubclass(kind, _FusedLayer):
         layer.__class__ = _fused(kind)
     return True
+
+
+def pass_when_empty(layer: LoraLayer) -> None:
+    """Let a convolution or an embedding be its base layer alone while its rank is 0. (There is no convolution with no
+    outputs: PEFT's forward raises.)"""
+    kind = type(layer)
+    if not issubclass(kind, (*NOT_LINEAR, _FusedLayer, _PassingLayer)):
+        layer.__class__ = _fused(kind, _PassingLayer)
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -67,6 +78,32 @@ class _FusedLayer:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+class _PassingLayer:
+    """Comes before PEFT's class of layer, where the product is not a linear one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        if not args and not kwargs and _is_empty(layer):
+            return layer.base_layer(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self).__mro__[2], _PassingLayer), self.__dict__
+
+
+def _is_empty(layer: Any) -> bool:
+    """Whether what is active in the layer has rank 0, and nothing beside it: no bias, no variant."""
+    if layer._disable_adapters or layer.merged_adapters:
+        return False
+    for name in layer.active_adapters:
+        if name in layer.lora_variant or (name in layer.lora_B and layer.lora_B[name].bias is not None):
+            return False
+        left = layer.lora_B[name].weight if name in layer.lora_B else layer.lora_embedding_B.get(name)
+        if left is not None and left.shape[1]:
+            return False
+    return True
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -144,11 +181,11 @@ def _is_watched(module: Any) -> bool:
 
 
 @functools.cache
-def _fused(kind: Any) -> Any:
+def _fused(kind: Any, before: type = _FusedLayer) -> Any:
     """The subclass of a class of layers, named as its parent: a layer prints as before."""
-    return type(kind.__name__, (_FusedLayer, kind), {"__module__": kind.__module__})
+    return type(kind.__name__, (before, kind), {"__module__": kind.__module__})
 
 
-def _blank(kind: Any) -> Any:
+def _blank(kind: Any, before: type = _FusedLayer) -> Any:
     """A layer to be filled by copy or pickle."""
-    return _fused(kind).__new__(_fused(kind))
+    return _fused(kind, before).__new__(_fused(kind, before))

@@ -24,7 +24,7 @@ from ..core.fused import Products
 from ..core.triplets import Factors, HasWeight, SingularProjection, Triplets, from_product
 from .config import AdaLoraConfig
 from .hooks import drive
-from .kernels import fuse
+from .kernels import fuse, pass_when_empty
 
 FSDP_PREFIX = "_fsdp_wrapped_module."  # FullyShardedDataParallel leaves it out of the names in a state dict
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -198,6 +198,9 @@ def upgrade_layers(model: nn.Module, adapter_name: str, config: AdaLoraConfig, *
         products = Products(linear)
         for part in linear:
             part.right.fused = functools.partial(products.take, part)
+    for _, layer in layers:
+        if adapter_name not in layer.lora_A or type(layer.lora_B[adapter_name]) is not nn.Linear:
+            pass_when_empty(layer)
     drive(allocator)
     return allocator
 

@@ -25,6 +25,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..core.errors import ConfigError
+from ..core.policy import global_topk
+from ..core.settings import check_rank
 from ..core.triplets import from_product
 from .files import ADAPTER_FILES, PRUNED, SCORES, read_settings, read_tensors, replacing, save_tensors
 from .patterns import Patterns
@@ -203,25 +205,27 @@ class PlainAdapter:
                     rest[bias] = _times(rest[bias], scale)
         return self._with(pairs, rest)
 
-    def truncate(self, average_rank: int) -> PlainAdapter:
+    def truncate(self, average_rank: float) -> PlainAdapter:
         """Keep the ``average_rank`` x ``matrices`` best triplets of all modules together.
 
         The best are those of the highest importance, where it is known; otherwise see :func:`ranked`.
 
         Args:
-            average_rank: of a matrix; the matrices that have been pruned to rank 0 already count where that is known.
+            average_rank: of a matrix, which may be a fraction; the matrices that have been pruned to rank 0 already
+                count where that is known.
 
         Raises:
-            ConfigError: a rank below 1, or above what is there.
+            ConfigError: a rank of not even one triplet, or above what is there.
         """
         there = sum(self.ranks.values())
-        if isinstance(average_rank, bool) or not isinstance(average_rank, int) or average_rank < 1:
-            raise ConfigError(f"rank {average_rank!r} must be a whole number, at least 1.")
-        budget = average_rank * self.matrices
+        check_rank("rank", average_rank)
+        budget = math.floor(round(average_rank * self.matrices, 6))
+        if budget < 1:
+            raise ConfigError(f"rank {average_rank:g} for each of {self.matrices} matrices leaves no triplet at all.")
         if budget > there:
             raise ConfigError(
-                f"rank {average_rank} for each of {self.matrices} matrices makes {budget} triplets, but the adapter has"
-                f" {there} ({there / self.matrices:.1f} a matrix): "
+                f"rank {average_rank:g} for each of {self.matrices} matrices makes {budget} triplets, but the adapter"
+                f" has {there} ({there / self.matrices:.1f} a matrix): "
                 + (f"choose {there // self.matrices} or less." if there >= self.matrices else "it is smaller already.")
             )
         if budget == there:
@@ -230,9 +234,8 @@ class PlainAdapter:
         known = {name: len(scores) for name, scores in self.scores.items()} == self.ranks
         candidates = {name: (pair, self.scores[name]) if known else ranked(pair) for name, pair in whole.pairs.items()}
         every = torch.cat([score.float() for _, score in candidates.values()])
-        best = torch.zeros_like(every, dtype=torch.bool)
-        best[every.sort(descending=True, stable=True).indices[:budget]] = True
-        chosen = torch.split(best, [len(score) for _, score in candidates.values()])
+        sizes = [len(score) for _, score in candidates.values()]
+        chosen = torch.split(global_topk(every, budget, sizes, [1] * len(sizes)), sizes)
         pairs, scores = {}, {}
         for (name, (pair, score)), live in zip(candidates.items(), chosen, strict=True):
             pairs[name], scores[name] = pair.select(live.nonzero().flatten()), score[live]

@@ -31,6 +31,8 @@ def rank_figure(run: Run) -> Figure:
             "steps": [0, *(a.step for a in trace.allocations)],
             "budgets": [trace.initial_budget, *(a.budget for a in trace.allocations)],
             "ranks": [trace.initial_ranks, *(a.ranks for a in trace.allocations)],
+            "live": [trace.spent(ranks) for ranks in (trace.initial_ranks, *(a.ranks for a in trace.allocations))],
+            "unit": trace.unit,
         }
     extra["map"] |= {"kinds": grid.kinds, "layers": [column.name for column in grid.columns]}
     return Figure(

@@ -28,10 +28,13 @@ def score_figure(trace: Trace) -> Figure | None:
         _points("kept", [(place, t) for place, t in enumerate(found, 1) if t[1]], trace.names, "var(--kept)"),
         _points("pruned", [(place, t) for place, t in enumerate(found, 1) if not t[1]], trace.names, "var(--pruned)"),
     ]
-    cut = {"type": "line", "x0": kept + 0.5, "x1": kept + 0.5, "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
-    said = {"x": kept + 0.5, "yref": "paper", "y": 1, "yanchor": "top", "xanchor": "left", "showarrow": False}
-    text = f" cut at the budget of {number(kept)}"
-    if kept > len(found) / 2:
+    edge, text = kept + 0.5, f" cut at the budget of {number(kept)}"
+    if trace.unit == "parameters":  # smaller ones beyond may still have been kept
+        edge = next((place for place, (_, live, _) in enumerate(found) if not live), kept) + 0.5
+        text = f" the first beyond the budget of {number(last.budget)} {trace.unit}"
+    cut = {"type": "line", "x0": edge, "x1": edge, "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    said = {"x": edge, "yref": "paper", "y": 1, "yanchor": "top", "xanchor": "left", "showarrow": False}
+    if edge > len(found) / 2:
         said, text = said | {"xanchor": "right"}, f"{text[1:]} "
     above = [score for score, live, _ in found if live]
     gap = f"The lowest score that was kept is {number(min(above))}. " if above else ""

@@ -20,21 +20,22 @@ def budget_figure(trace: Trace) -> Figure:
     first, last = _ends(trace)
     steps = [first, *(a.step for a in trace.allocations)]
     budgets = [trace.initial_budget, *(a.budget for a in trace.allocations)]
-    live = [sum(trace.initial_ranks), *(sum(a.ranks) for a in trace.allocations)]
+    live = [trace.spent(trace.initial_ranks), *(trace.spent(a.ranks) for a in trace.allocations)]
     end = max(last, steps[-1])
     wide = {"width": 7, "shape": "hv"}
     agree = "At every ranking as many triplets live as the budget allows." if budgets == live else ""
+    unit = trace.unit
     return Figure(
         key="budget",
-        title="Budget and live triplets",
-        summary=f"The budget falls from {number(budgets[0])} to {number(budgets[-1])} triplets by step {steps[-1]}; "
-        f"{number(live[-1])} triplets live at the end. {agree}".strip(),
+        title=f"Budget and live {unit}",
+        summary=f"The budget falls from {number(budgets[0])} to {number(budgets[-1])} {unit} by step {steps[-1]}; "
+        f"{number(live[-1])} {unit} live at the end. {agree}".strip(),
         data=[
             line("budget", [*steps, end], [*budgets, budgets[-1]], "var(--budget)", line=wide),
-            line("live triplets", [*steps, end], [*live, live[-1]], "var(--ink)", line={"width": 1.6, "shape": "hv"}),
+            line(f"live {unit}", [*steps, end], [*live, live[-1]], "var(--ink)", line={"width": 1.6, "shape": "hv"}),
         ],
-        layout=_over_steps(trace.schedule, end, axis("triplets", rangemode="tozero"), hovermode="x unified"),
-        columns=[Column("step", steps), Column("budget", budgets), Column("live triplets", live)],
+        layout=_over_steps(trace.schedule, end, axis(unit, rangemode="tozero"), hovermode="x unified"),
+        columns=[Column("step", steps), Column("budget", budgets), Column(f"live {unit}", live)],
         note=_phases_in_words(trace.schedule),
     )
 

@@ -142,10 +142,10 @@ function cellsAt(map, at) {
 }
 
 function inWords(map, at) {
-  const live = map.ranks[at].reduce((a, b) => a + b, 0);
+  const live = map.live[at];
   const budget = map.budgets[at].toLocaleString("en");
   const step = map.steps[at].toLocaleString("en");
-  return `Step ${step}: budget ${budget} triplets, ${live.toLocaleString("en")} live`;
+  return `Step ${step}: budget ${budget} ${map.unit}, ${live.toLocaleString("en")} live`;
 }
 
 function player(element) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,10 @@ class Trace:
     """``total_step``, ``t_init``, ``t_final``, ``delta_t``, ``curve``; None where it was not known yet."""
     importance: str
     policy: str
+    unit: str
+    """What the budget counts: ``triplets`` or ``parameters``."""
+    rank_by: str
+    """``score``, or ``score_per_parameter``: then the scores are so, too."""
     allocations: list[Allocation]
 
     @property
@@ -53,6 +58,21 @@ class Trace:
         """Rank of each matrix after the last ranking so far."""
         ranks = self.allocations[-1].ranks if self.allocations else self.initial_ranks
         return dict(zip(self.names, ranks, strict=True))
+
+    @property
+    def costs(self) -> list[int]:
+        """What one triplet of each matrix takes of the budget."""
+        return self.triplet_parameters if self.unit == "parameters" else [1] * len(self.names)
+
+    def spent(self, ranks: Sequence[int]) -> int:
+        """What these ranks take of the budget."""
+        return sum(map(operator.mul, ranks, self.costs))
+
+    @property
+    def average(self) -> str:
+        """What the target is for each matrix, in words."""
+        rank = f"{self.target_budget / sum(self.costs):.3g}"
+        return f"{rank} triplets each on average" if self.unit == "triplets" else f"what LoRA of rank {rank} has"
 
     @property
     def target(self) -> str:
@@ -134,6 +154,8 @@ def read_trace(path: Path) -> Trace:
             schedule=start["schedule"],
             importance=start["importance"],
             policy=start["policy"],
+            unit=start.get("budget_unit", "triplets"),
+            rank_by=start.get("rank_by", "score"),
             allocations=[Allocation(**{key: line[key] for key in line if key != "type"}) for line in lines],
         )
     except (StopIteration, KeyError, TypeError) as error:

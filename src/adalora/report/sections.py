@@ -20,6 +20,13 @@ from .terminal import duration
 _METHODS = {"adalora": "AdaLoRA", "lora": "LoRA", "dora": "DoRA", "full": "Full fine-tuning"}
 
 
+_BY = {"score": "", "score_per_parameter": ", over its number of parameters,"}
+_CUT = {
+    "triplets": "What lies right of the cut was pruned for good.",
+    "parameters": "The budget was spent from the left on, each triplet being kept that still fitted in.",
+}
+
+
 class Section(NamedTuple):
     """A heading, and what stands below it: sentences (HTML), figures, tables (HTML)."""
 
@@ -36,13 +43,13 @@ def sections(run: Run) -> Iterator[Section]:
     trace = run.trace
     yield _ranks(run)
     if trace:
-        lead = "How many triplets may live at each step, and how many do."
+        lead = f"How many {trace.unit} may live at each step, and how many do."
         yield Section("budget", "Budget", lead, [budget_figure(trace)])
     curves = [figure for figure in (loss_figure(run), metric_figure(run)) if figure]
     yield Section("training", "Training", "" if curves else "No loss was logged yet.", curves, side_by_side=True)
     scores = score_figure(trace) if trace else None
     if scores:
-        lead = "Importance of every triplet at the last ranking. What lies right of the cut was pruned for good."
+        lead = f"Importance of every triplet{_BY[trace.rank_by]} at the last ranking. {_CUT[trace.unit]}"
         yield Section("scores", "Final scores", lead, [scores])
     if trace:
         lead = "Parameters of the learned ranks beside those of LoRA with one rank everywhere and the same total."
@@ -101,10 +108,7 @@ def _ranks(run: Run) -> Section:
     if run.trace is None:
         lead = f"{method} moves no budget while it trains: these are its ranks from beginning to end."
         return Section("ranks", "Ranks", text(lead), [rank_figure(run)])
-    matrices, average = len(run.trace.names), run.trace.target_budget / len(run.trace.names)
-    lead = (
-        f"One budget for {matrices} matrices, {average:.3g} triplets each on average; training decided who needs more."
-    )
+    lead = f"One budget for {len(run.trace.names)} matrices, {run.trace.average}; training decided who needs more."
     return Section("ranks", "Where the budget went", lead, [rank_figure(run)])
 
 
