@@ -136,7 +136,8 @@ def test_a_plan_for_machines(adalora: Run, tiny_run: list[object], finished: Pat
     assert sizes["adapter_end_least"] <= saved <= sizes["adapter_end_most"] < 1.5 * saved
     written = metrics["saved_bytes"]["adapter_model.safetensors"]
     assert 0.97 * facts["result_bytes_least"] <= written <= 1.03 * facts["result_bytes_most"]  # names take some
-    assert facts["budget"] == {"initial": metrics["initial_triplets"], "target": metrics["live_triplets"]}
+    whole = {"initial": metrics["initial_triplets"], "target": metrics["live_triplets"]}
+    assert facts["budget"] == {**whole, "unit": "triplets"} and facts["warning"] is None
     assert facts["steps"] == facts["phases"][-1]["last"] == metrics["steps"]
     assert [phase["name"] for phase in facts["phases"]] == ["warm-up", "pruning", "final"]
 
