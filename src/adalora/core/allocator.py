@@ -514,7 +514,7 @@ class Allocator:
         if self.step == 1 and not self.manual:
             self._lam_before_mask = self._stacks.gather_lam(parameters)
         budget, before, final = schedule.budget(step), self.mask, schedule.is_final(step)
-        scores = self._scoring.for_allocation(parameters, last=final)
+        scores = self._scoring.for_allocation(parameters, final, told=schedule.cannot_rank)
         if scores is None:
             return
         policy = POLICIES[self.settings.policy]

@@ -90,12 +90,13 @@ class Scoring:
         return scores / self._parameters_each().to(scores) if self.per_parameter else scores
 
     @torch.no_grad()
-    def for_allocation(self, parameters: Sequence[Parts], last: bool) -> Tensor | None:
+    def for_allocation(self, parameters: Sequence[Parts], last: bool, told: bool = False) -> Tensor | None:
         """What an allocation goes by: S, or None if it should wait. Waits for the device.
 
         As long as λ is 0, the loss has no gradient but λ's, and Ī(λ) is 0: scores then are those of the regulariser's
         gradient, a rounding where P and Q start orthonormal. To prune by these would be to choose at random, and would
-        set directions back for nothing. The last allocation cannot wait: to it, all triplets are equal.
+        set directions back for nothing. The last allocation cannot wait: to it, all triplets are equal, which is warned
+        of unless it has been ``told`` before training.
         """
         scores = self.scores(parameters)
         known = self._of_lam(parameters) if any(part[LAM].requires_grad for part in parameters) else scores
@@ -103,7 +104,8 @@ class Scoring:
             return scores
         if not last:
             return None
-        shared_evenly()
+        if not told:
+            shared_evenly()
         return torch.zeros_like(scores)
 
     def _of_lam(self, parameters: Sequence[Parts]) -> Tensor:

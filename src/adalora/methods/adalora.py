@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -45,7 +46,9 @@ class AdaLora:
         adapted = get_peft_model(model, self.config(model, job))
         whole_in_float32(adapted)
         ours = allocator(adapted)
-        ours.plan(job.total_steps, job.steps_per_epoch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Too few steps")  # the announcement says so
+            ours.plan(job.total_steps, job.steps_per_epoch)
 
         def save(folder: Path) -> None:
             export_lora(adapted, folder)

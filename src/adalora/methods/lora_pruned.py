@@ -179,10 +179,10 @@ class Pruner:
         due = self.schedule.allocates(self.step)
         scores = self._scores() if due else None
         if scores is not None and not bool((scores > 0).any()):  # B is still 0, and with it every sensitivity
-            if self.schedule.is_final(self.step):
-                shared_evenly()
-            else:
+            if not self.schedule.is_final(self.step):
                 scores = None
+            elif not self.schedule.cannot_rank:
+                shared_evenly()
         if scores is not None:
             budget, policy = self.schedule.budget(self.step), POLICIES[self.settings.policy]
             self._keep(policy(scores, budget, self.sizes, self.settings.costs_of(self.doublets)))

@@ -48,7 +48,7 @@ def sections(run: Run) -> Iterator[Section]:
     curves = [figure for figure in (loss_figure(run), metric_figure(run)) if figure]
     yield Section("training", "Training", "" if curves else "No loss was logged yet.", curves, side_by_side=True)
     scores = score_figure(trace) if trace else None
-    if scores:
+    if trace and scores:
         lead = f"Importance of every triplet{_BY[trace.rank_by]} at the last ranking. {_CUT[trace.unit]}"
         yield Section("scores", "Final scores", lead, [scores])
     if trace:
