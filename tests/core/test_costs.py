@@ -94,7 +94,7 @@ class ViewCounter(TorchDispatchMode):
 
 
 def test_what_the_readme_says_of_a_step() -> None:
-    """49 operations for two lengths of vectors, 56 for three, 7 more for a fourth; 4 to 7 views a matrix."""
+    """49 operations for two lengths of vectors, 56 for three, 7 more for a fourth; 4 to 8 views a matrix."""
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     two, three, four = (operations("pruning", 24, shapes).total for shapes in (BERT, LLAMA, [*LLAMA, (10, 8)]))
     assert f"{two} tensor operations on BERT's matrices and {three} on Llama's" in readme
@@ -102,7 +102,7 @@ def test_what_the_readme_says_of_a_step() -> None:
     for ranks in ((4,), (4, 2, 3)):
         counter = ViewCounter()
         step_of("pruning", model(216, LLAMA, ranks), counter)
-        assert 4 <= counter.views / 216 <= 7 and "views, 4 to 7 a matrix" in readme
+        assert 4 <= counter.views / 216 <= 8 and "views, 4 to 8 a matrix" in readme
 
 
 @pytest.mark.parametrize("orthogonality", orth.KINDS)
