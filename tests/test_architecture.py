@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room may import from rooms to its left, and from its neighbours: core <- hf <- WORKSHOPS <- DOORS. PLAIN ones know
 # neither PEFT nor the allocator and serve workshops and doors. Every room may use adalora.core.errors.
 PLAIN = {
-    *("tasks", "report", "recipe", "recipe_text", "data", "files", "pretrained", "progress", "quiet", "runs"),
+    *("tasks", "report", "recipe", "recipe_text", "data", "facts", "files", "pretrained", "progress", "quiet", "runs"),
     *("checkpoints", "processes"),
 }
 WORKSHOPS = {
@@ -32,10 +32,12 @@ WORKSHOPS = {
     "methods",
     "monitoring",
     "preparation",
+    "reading",
     "reporters",
     "serving",
     "trainer",
     "training",
+    "tuning",
 }
 DOORS = {"bench", "cli", "__main__"}
 ARROWS: dict[str, set[str]] = {

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BartConfig, DebertaV2Config, PreTrainedConfig, PreTrainedTokenizerFast
 
 from adalora.data import read_rows, sample
-from adalora.preparation import completed, prepare, task_of
+from adalora.preparation import prepare
+from adalora.reading import completed, task_of
 from adalora.recipe import Recipe, validate
 from adalora.recipe_text import read_raw
 from adalora.training import train

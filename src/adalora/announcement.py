@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from .core.schedule import Schedule
-from .preparation import Prepared
+from .preparation import MOST_TRIALS, Prepared
 from .progress import Budget
 from .report.terminal import number, print_lines
 
@@ -100,6 +100,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "warning": (schedule.shortness() if schedule is not None else "") or None,
         "rows_per_step": prepared.rows_per_step,
         "learning_rate": recipe.training.learning_rate,
+        "search": prepared.search and prepared.search._asdict(),
         "seed": recipe.seed,
         "output": str(prepared.folder.path),
         "result": _result(prepared),
@@ -120,7 +121,8 @@ def announce(out: Console, prepared: Prepared) -> None:
         "Method": _method(prepared),
         "Trained": _sizes(facts),
         "Steps": f"{prepared.total_steps:,} of {prepared.rows_per_step} rows each, "
-        f"learning rate {recipe.training.learning_rate:g}, seed {recipe.seed}",
+        f"learning rate {recipe.training.learning_rate}, seed {recipe.seed}",
+        "Search": _search(prepared),
         "Phases": _course(prepared),
         "Beware": facts["warning"] or "",
         "Resuming": _resuming(prepared),
@@ -181,6 +183,17 @@ def _spread(facts: Mapping[str, Any], key: str, said: Callable[[int], str]) -> s
     """The least and the most in words: a budget does not say which matrices it is spent on."""
     least, most = said(facts[f"{key}_least"]), said(facts[f"{key}_most"])
     return f"about {most}" if least == most else f"{least} to {most}"
+
+
+def _search(prepared: Prepared) -> str:
+    """How a learning rate is found."""
+    course = prepared.search
+    if course is None:
+        return ""
+    return (
+        f"first for a learning rate: from {course.first:g} in half decades, at most {MOST_TRIALS} trials of "
+        f"{course.steps} steps each, judged by the loss on {course.rows:,} training rows left out of them"
+    )
 
 
 def _course(prepared: Prepared) -> str:

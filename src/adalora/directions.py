@@ -26,8 +26,8 @@ from .files import write_json
 from .hf.convert import read_peft_adalora
 from .hf.files import ADAPTER_FILES, read_settings
 from .hf.plain import PlainAdapter
-from .preparation import completed, task_of
 from .pretrained import load_model, load_tokenizer
+from .reading import completed, task_of
 from .report.run import Run
 
 _MAGNITUDE = "lora_magnitude_vector"

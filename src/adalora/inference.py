@@ -12,8 +12,8 @@ from torch import nn
 
 from . import methods
 from .data import DataError, read_lines, read_rows
-from .preparation import completed, read_evaluation_rows, task_of
 from .pretrained import load_model, load_tokenizer
+from .reading import completed, read_evaluation_rows, task_of
 from .recipe import Recipe
 from .runs import RunFolder
 from .tasks import Answer, Task

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler, set_seed
 
-from . import methods, processes, reporters, tasks
+from . import methods, processes, reporters
 from .checkpoints import Progress
 from .core.schedule import Schedule
-from .data import DataError, Split, digest, has_splits, hold_out, read_rows, sample
 from .methods import Adapted, Job, Method, head_modules
 from .methods.sizes import parse_budget
-from .pretrained import Form, form_of, load_model, load_tokenizer, longest
-from .recipe import METHOD_SECTIONS, DataSection, Facts, Recipe, RecipeError, differences, validated
+from .pretrained import Form, form_of, load_model
+from .reading import Material, read
+from .recipe import Recipe, RecipeError, TrainingSection, differences
 from .runs import Mode, RunError, RunFolder
-from .tasks import StartsOutput, Stratified, Task
-from .tasks.base import check_columns
-
-_PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
+from .tasks import StartsOutput, Task
 
 _FREE_TO_CHANGE = {
     "output",
@@ -39,10 +35,29 @@ _FREE_TO_CHANGE = {
 """Keys that may differ when a run is resumed: they do not reach the weights."""
 
 
+SHARE = 0.05
+"""Of the training's steps, those of one trial of a search for a learning rate."""
+FEWEST_STEPS = 12
+MOST_TRIALS = 5
+_FEWEST_ROWS, _MOST_ROWS = 48, 512  # to measure the loss on
+_USUAL_RATE = {"full": 1e-4}  # every other method trains few parameters
+
+
+class Course(NamedTuple):
+    """What a search for a learning rate does, as far as it is known before."""
+
+    first: float  # the rate to begin with
+    steps: int  # of each trial
+    total_steps: int  # of the training
+    train_rows: int  # that a trial may see
+    rows: int  # training rows that the loss is measured on
+
+
 @dataclass
 class Prepared:
     """A run that can start: everything is read and checked, nothing is written."""
 
+    material: Material  # what was read
     recipe: Recipe  # as resolved
     mode: Mode
     folder: RunFolder
@@ -95,86 +110,20 @@ class Prepared:
         return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
 
     @property
+    def search(self) -> Course | None:
+        """The search for a learning rate that comes first; its trials cost about a quarter of the training."""
+        if self.recipe.training.learning_rate != "auto":
+            return None
+        total, rows = self.total_steps, len(self.material.train)
+        steps = min(total, max(FEWEST_STEPS, round(SHARE * total)))
+        seen = steps * self.rows_per_step
+        measured = max(1, min(max(seen // 2, _FEWEST_ROWS), _MOST_ROWS, rows // 5))
+        return Course(_USUAL_RATE.get(self.recipe.method, 1e-3), steps, total, min(seen, rows - measured), measured)
+
+    @property
     def resumed_step(self) -> int | None:
         """The step of the checkpoint to resume from."""
         return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else None
-
-
-def completed(recipe: Recipe) -> Recipe:
-    """A copy whose columns and method are spelled out where the recipe leaves them to its task and method.
-
-    Raises:
-        RecipeError: an unknown task or method, or a section that the method does not read.
-    """
-    columns, section = tasks.get(recipe.task).columns, methods.get(recipe.method).section
-    for unused in METHOD_SECTIONS:
-        if unused in recipe.model_fields_set and unused != section:
-            reads = f"reads the section `{section}`" if section else "has no settings"
-            raise RecipeError(f"the section `{unused}` has no meaning for method {recipe.method}, which {reads}")
-    recipe = recipe.model_copy(deep=True, update={section: getattr(recipe, section)} if section else {})
-    data = recipe.data
-    data.text = data.text or columns.text
-    data.text_pair = data.text_pair or columns.text_pair
-    data.label = data.label or columns.label
-    return recipe
-
-
-def task_of(recipe: Recipe) -> Task:
-    """The task of a completed recipe."""
-    kind, data = tasks.get(recipe.task), recipe.data
-    options = validated(kind.options, recipe.options, f"task {recipe.task}", "options.")
-    assert data.text is not None and data.label is not None and data.max_length is not None  # completed
-    columns = tasks.Columns(data.text, data.text_pair, data.label)
-    return kind(tasks.Setup(columns, data.label_names, data.max_length, options))
-
-
-def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, split: str | None = None) -> Dataset:
-    """The rows to evaluate on, those of the recipe unless a source or a split is given, with the columns checked.
-
-    Of another source all rows are taken. Raises DataError when a split is asked for of a source that holds none.
-    """
-    data = recipe.data
-    place = source or data.eval or data.train
-    if data.holdout is not None and source is None and split is None:
-        return sample(_divided(recipe, task).held_out, data.max_eval_rows)
-    if split is not None:
-        _check_holds(place, split)
-    elif source is None:
-        _check_split(place, data, "eval_split")
-    rows = read_rows(place, split or data.eval_split, data.config)
-    task.check(rows, place)
-    return sample(rows, data.max_eval_rows) if source is None else rows
-
-
-def _training_rows(recipe: Recipe, task: Task) -> Dataset:
-    """All rows to train on. They are all checked, so that a fault is in the row that it names."""
-    data = recipe.data
-    if data.holdout is not None:
-        return _divided(recipe, task).train
-    if data.eval is None and not has_splits(data.train):
-        raise DataError(
-            f"{data.train} holds no splits: hold some of its rows out, data.holdout (--holdout 0.1), or give the "
-            "held-out rows in another, data.eval (--eval)"
-        )
-    return _checked(recipe, task)
-
-
-def _checked(recipe: Recipe, task: Task) -> Dataset:
-    data = recipe.data
-    _check_split(data.train, data, "train_split")
-    rows = read_rows(data.train, data.train_split, data.config)
-    task.check(rows, data.train)
-    return rows
-
-
-def _divided(recipe: Recipe, task: Task) -> Split:
-    """The rows of the training source, all of them checked, in those to train on and those held out."""
-    data, rows = recipe.data, _checked(recipe, task)
-    assert data.holdout is not None
-    check_columns(rows, data.holdout_by or [], f"data.holdout_by: {data.train}")
-    read = [column for column in (data.text, data.text_pair) if column and column in rows.column_names]
-    together = [[column] for column in data.holdout_by or ()] or [read or rows.column_names]
-    return hold_out(rows, data.holdout, together, task.strata(rows) if isinstance(task, Stratified) else None)
 
 
 def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
@@ -186,26 +135,29 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     if processes.is_first():  # which may write, before the others look
         folder.check_target(mode)
     checkpoint, state = folder.last_checkpoint() if mode == "resume" else None, folder.state()
-    recipe = completed(recipe)
-    data, method = recipe.data, methods.get(recipe.method)
-    tokenizer = load_tokenizer(recipe.model, data.max_length)
-    if data.max_length is None:
-        data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
-    task = task_of(recipe)
-    train_rows = sample(_training_rows(recipe, task), data.max_train_rows)
-    task = task.fit(train_rows)
-    eval_rows = read_evaluation_rows(recipe, task)
-    baseline = task.baseline(eval_rows)
-    more_rows = {split: read_evaluation_rows(recipe, task, split=split) for split in data.more_eval_splits}
+    material = read(recipe)
+    if mode == "resume":
+        _take_over_rate(folder.read_recipe(), material.recipe)
+    return ready(material, folder, mode, state, checkpoint)
 
-    data.label_names = task.label_names
-    recipe.facts = Facts(
-        train_rows=len(train_rows),
-        eval_rows=len(eval_rows),
-        train_digest=digest(train_rows, train_rows.column_names),
-        versions={name: importlib.import_module(name).__version__ for name in _PACKAGES},
-    )
+
+def ready(
+    material: Material, folder: RunFolder, mode: Mode, state: tuple[object, ...], checkpoint: Path | None = None
+) -> Prepared:
+    """What was read, with the model made trainable. Nothing is written.
+
+    Args:
+        state: the folder's, from before anything was read.
+        checkpoint: to resume from.
+    """
+    recipe, task, tokenizer = material.recipe.model_copy(deep=True), material.task, material.tokenizer
+    method = methods.get(recipe.method)
     arguments = _arguments(recipe, folder)
+    if recipe.training.learning_rate == "auto" and arguments.world_size > 1:
+        raise RecipeError(
+            "training.learning_rate: auto is searched for in one process: run adalora tune, then train the recipe that "
+            "it writes in several"
+        )
     set_seed(recipe.seed)  # the new output layer and the adapter start from random numbers
     model = load_model(recipe.model, task, tokenizer, method.base_precision)
     if isinstance(task, StartsOutput):
@@ -215,7 +167,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
     if mode == "resume":
         _check_unchanged(folder, recipe)
     before = _progress(folder, checkpoint, arguments)
-    features = task.features(train_rows, tokenizer, model)
+    features = task.features(material.train, tokenizer, model)
     total_steps, steps_per_epoch = _steps(arguments, len(features))
     form = form_of(recipe.model, task)
     job = Job(
@@ -236,6 +188,7 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         folder.check_room(2 * sum(p.numel() * p.element_size() for p in trained))
     copies = sum(size for name, (size, _) in sizes.items() if ".original_module." in name)  # PEFT's, of the head
     return Prepared(
+        material=material,
         recipe=recipe,
         mode=mode,
         folder=folder,
@@ -244,11 +197,11 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         form=form,
         adapted=adapted,
         train=features,
-        evaluation=eval_rows,
-        more_evaluations=more_rows,
+        evaluation=material.evaluation,
+        more_evaluations=material.more_evaluations,
         arguments=arguments,
         total_steps=total_steps,
-        baseline=baseline,
+        baseline=material.baseline,
         checkpoint=checkpoint,
         before=before,
         folder_state=state,
@@ -257,20 +210,6 @@ def prepare(recipe: Recipe, mode: Mode = "new") -> Prepared:
         trainable_parameters=trainable,
         frozen_parameters=sum(size for size, _ in sizes.values()) - trainable - copies,
     )
-
-
-def _check_split(source: str, data: DataSection, key: str) -> None:
-    """A split that the recipe names must be one; the default stands for all rows of a source without splits."""
-    if getattr(data, key) != DataSection.model_fields[key].default:
-        _check_holds(source, getattr(data, key))
-
-
-def _check_holds(source: str, split: str) -> None:
-    if not has_splits(source):
-        raise DataError(
-            f"{source} holds no splits, so no {split!r}: leave the split out, or give a folder with a file for each "
-            f"split ({split}.csv, ...)"
-        )
 
 
 def _within_budget(recipe: Recipe, method: Method, model: PreTrainedModel) -> Recipe:
@@ -290,6 +229,8 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     settings = recipe.training.model_dump(
         exclude={"group_by_length", "eval_rows", "eval_steps", "save_steps", "warmup_steps"}
     )
+    if settings["learning_rate"] == "auto":  # all else can be checked before it is known
+        settings["learning_rate"] = TrainingSection.model_fields["learning_rate"].default
     reporters.check(recipe.training.report_to)
     settings |= {name: _whole(getattr(recipe.training, name)) for name in ("eval_steps", "save_steps", "warmup_steps")}
     try:
@@ -367,6 +308,13 @@ def _progress(folder: RunFolder, checkpoint: Path | None, arguments: TrainingArg
             "or start over with --overwrite"
         )
     return found
+
+
+def _take_over_rate(before: Recipe, recipe: Recipe) -> None:
+    """A rate that the interrupted run has searched for is what ``auto`` means when it is resumed."""
+    rate, asked = before.training.learning_rate, recipe.training.learning_rate
+    if before.facts is not None and recipe.facts is not None and asked in ("auto", rate):
+        recipe.training.learning_rate, recipe.facts.learning_rate = rate, before.facts.learning_rate
 
 
 def _check_unchanged(folder: RunFolder, recipe: Recipe) -> None:

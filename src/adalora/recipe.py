@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from .core.errors import AdaLoraError
+from .facts import Facts
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -43,6 +44,17 @@ def _check_fraction_or_count(value: float) -> float:
     return value
 
 
+def _check_rate(value: object) -> object:
+    """One message for what is neither of the two."""
+    try:
+        rate = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        rate = math.nan
+    if value != "auto" and not 0 < rate < math.inf:
+        raise ValueError("should be a number above 0, or auto: searched for before training")
+    return value if value == "auto" else rate
+
+
 def _as_list(value: object) -> object:
     """One name may stand without brackets."""
     return [value] if isinstance(value, str) else value
@@ -66,6 +78,9 @@ Steps = Annotated[int | float | str, BeforeValidator(_check_steps)]
 
 Interval = Annotated[float, Field(ge=0), AfterValidator(_check_fraction_or_count)]
 """Steps (1 or more), or a fraction of all steps (below 1)."""
+
+Rate = Annotated[float | Literal["auto"], BeforeValidator(_check_rate)]
+"""A number above 0, or ``auto``."""
 
 Rows = Annotated[float, Field(gt=0), AfterValidator(_check_share_or_count)]
 """Rows (1 or more), or a share of all rows (below 1)."""
@@ -207,7 +222,10 @@ class TrainingSection(_Section):
 
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; when above 0, replaces num_train_epochs.")
-    learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    learning_rate: Rate = Field(
+        1e-3,
+        description="Highest learning rate; auto: found by a short search on a part of the training rows and steps.",
+    )
     lr_scheduler_type: str = Field(
         "linear",
         description="How the learning rate changes, by a name in Transformers that needs no settings of its own: "
@@ -248,15 +266,6 @@ class TrainingSection(_Section):
         if self.eval_strategy == "steps" and not self.eval_steps:
             raise ValueError("eval_strategy is steps, so eval_steps must say how often")
         return self
-
-
-class Facts(_Section):
-    """What a run found out about its input. Written by the run, replaced by the next one."""
-
-    train_rows: int
-    eval_rows: int
-    train_digest: str = Field(description="SHA-256 of the training rows, by which --resume knows them again.")
-    versions: dict[str, str] = Field(description="Packages that the run used.")
 
 
 class Recipe(_Section):

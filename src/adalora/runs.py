@@ -68,6 +68,11 @@ class RunFolder(NamedTuple):
         return self.path / "tensorboard"
 
     @property
+    def search(self) -> Path:
+        """The search for a learning rate, where the recipe leaves it to one."""
+        return self.path / "tuning"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -109,7 +114,8 @@ class RunFolder(NamedTuple):
             return
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output {self.path} is a file: give the name of a folder")
-        if not self.path.is_dir() or all(path == self._lock for path in self.path.iterdir()):
+        beside = (self._lock, self.search)
+        if not self.path.is_dir() or all(path in beside for path in self.path.iterdir()):
             return
         if not self._was_written_by_a_run():
             raise RunError(
@@ -179,8 +185,10 @@ class RunFolder(NamedTuple):
         written = self.recipe.stat().st_mtime_ns if self.recipe.is_file() else None
         return written, self.metrics.is_file(), self.last_checkpoint()
 
-    def clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
+    def clear(self, search: bool = True) -> None:
+        """Remove what a run writes, and nothing else; its search for a learning rate may stay."""
+        if search:
+            self.clear_search()
         drawn = (self.report, self.directions, self.picture)
         for file in (self.metrics, *self.learned, *drawn, self.trace, self.recipe):
             file.unlink(missing_ok=True)
@@ -193,6 +201,11 @@ class RunFolder(NamedTuple):
         """Remove what a process that was killed while it wrote has left beside its files."""
         for left in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.path.glob("*.part")):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def clear_search(self) -> None:
+        """Remove what a search for a learning rate writes."""
+        for file in (self.search / "study.log", self.search / "recipe.yaml"):
+            file.unlink(missing_ok=True)
 
     def drop_checkpoints(self, after: int) -> None:
         """Remove the checkpoints of steps later than ``after``."""

@@ -18,8 +18,8 @@ from .core.errors import ConfigError
 from .hf.convert import read_peft_adalora
 from .hf.files import replacing
 from .hf.plain import DTYPES, PlainAdapter
-from .preparation import completed, task_of
 from .pretrained import load_model, load_tokenizer, locate
+from .reading import completed, task_of
 from .recipe import RecipeError
 from .runs import RunError, RunFolder
 

@@ -20,7 +20,7 @@ from . import processes, reporters
 from .files import unwritable, write_json, write_text
 from .preparation import Prepared
 from .pretrained import locate
-from .recipe import dump
+from .recipe import Recipe, RecipeError, dump
 from .report.page import write_report
 from .report.ranks import draw_ranks
 from .report.run import read_run, read_trace
@@ -46,7 +46,9 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report:
         RunError: another process writes to the folder, or has since this run was prepared; or it cannot be written to.
         TrainingError: training broke.
     """
-    folder = prepared.folder
+    folder, recipe = prepared.folder, prepared.recipe
+    if recipe.training.learning_rate == "auto":
+        raise RecipeError("training.learning_rate is auto, and nobody has searched for one: adalora.tuning.search does")
     processes.wait()  # every process has read the folder now
     if not processes.is_first():
         return _train(prepared, callbacks)
@@ -55,10 +57,10 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report:
             raise RunError(f"another training has written to {folder.path} in the meantime: start this one again")
         folder.sweep()
         if prepared.resumed_step is None:
-            folder.clear()
+            folder.clear(search=recipe.facts is None or recipe.facts.learning_rate is None)
         else:  # an incomplete checkpoint would count as the newest one when old ones are dropped
             folder.drop_checkpoints(after=prepared.resumed_step)
-        write_text(folder.recipe, dump(prepared.recipe))
+        write_text(folder.recipe, dump(recipe))
         try:
             metrics = _train(prepared, callbacks)
             if report:
@@ -76,20 +78,7 @@ def train(prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), report:
 
 def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str, Any]:
     folder, recipe = prepared.folder, prepared.recipe
-    trainer = SteadyTrainer(
-        prepared.task,
-        prepared.tokenizer,
-        prepared.evaluation,
-        model=prepared.model,
-        args=prepared.arguments,
-        train_dataset=prepared.train,
-        callbacks=[*prepared.adapted.callbacks, *callbacks],
-        group_by_length=recipe.training.group_by_length,
-        averages_over_items=prepared.form.task_type == "CAUSAL_LM",
-        trace=folder.trace,
-        before=prepared.before,
-        rows_on_the_way=recipe.training.eval_rows,
-    )
+    trainer = trainer_for(prepared, callbacks)
     if recipe.training.report_to:
         ranks = prepared.adapted.ranks if prepared.initial_ranks else None
         budget = prepared.budget.budget if prepared.budget else None
@@ -126,6 +115,24 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
     return metrics
 
 
+def trainer_for(prepared: Prepared, callbacks: Iterable[TrainerCallback] = ()) -> SteadyTrainer:
+    """A Trainer that is about to train what was prepared."""
+    return SteadyTrainer(
+        prepared.task,
+        prepared.tokenizer,
+        prepared.evaluation,
+        model=prepared.model,
+        args=prepared.arguments,
+        train_dataset=prepared.train,
+        callbacks=[*prepared.adapted.callbacks, *callbacks],
+        group_by_length=prepared.recipe.training.group_by_length,
+        averages_over_items=prepared.form.task_type == "CAUSAL_LM",
+        trace=prepared.folder.trace,
+        before=prepared.before,
+        rows_on_the_way=prepared.recipe.training.eval_rows,
+    )
+
+
 def peak_memory() -> dict[str, int | None]:
     """Largest memory so far, in bytes: resident memory of this process with all its libraries (None where the system
     does not say), and what was allocated on the GPU (None without one)."""
@@ -145,6 +152,8 @@ def _about(prepared: Prepared) -> dict[str, Any]:
         "task": recipe.task,
         "method": recipe.method,
         "headline": prepared.task.headline,
+        "learning_rate": recipe.training.learning_rate,
+        "learning_rate_search": _search(recipe),
         "example": _example(prepared),
         "loading": {
             "base": locate(recipe.model),
@@ -168,6 +177,11 @@ def _about(prepared: Prepared) -> dict[str, Any]:
         },
         "saved_bytes": {file.name: file.stat().st_size for file in saved},
     }
+
+
+def _search(recipe: Recipe) -> dict[str, Any] | None:
+    found = recipe.facts.learning_rate if recipe.facts else None
+    return found.model_dump() if found else None
 
 
 def _example(prepared: Prepared) -> dict[str, str]:

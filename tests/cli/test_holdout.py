@@ -62,7 +62,7 @@ def test_classes_are_in_proportion(size: float) -> None:
 def test_one_file_is_enough(adalora: Run, tiny_model: Path) -> None:
     """Training, plan and evaluation speak of the same rows, whatever the seed."""
     write_csv(Path("all.csv"), reviews(80, seed=1))
-    run = ["--model", tiny_model, "--train", "all.csv", "--holdout", 0.2, "--set", "training.max_steps=2"]
+    run = ["--model", tiny_model, "--train", "all.csv", "--holdout", 0.2, "--set", "training.max_steps=6"]
     run += ["--max-length", 16, "--set", "adalora.exclude_modules=.*pooler.*"]
     plan = adalora("plan", *run)
     words = " ".join(plan.out.split())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from adalora import AdaLoraConfig
-from adalora.preparation import completed
+from adalora.reading import completed
 from adalora.recipe import (
     TRAIN_TYPE_KEYS,
     AdaLoraSection,

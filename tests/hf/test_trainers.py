@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 
 import adalora
 from adalora import AdaLoraCallback, AdaLoraConfig
+from adalora.hf.callback import check_rate
 
 from .models import VOCABULARY, batch, bert, llama, logits, t5
 from .test_loops import STEPS, Rows, adamw, adapter_weights, make, plain_loop, trainer
@@ -83,6 +85,22 @@ def test_trainer(arguments: dict[str, Any], tmp_path: Path) -> None:
     # with bf16, Accelerate has wrapped the model's own forward in autocast for good
     atol = BFLOAT16 if arguments.get("bf16") else 1e-5
     torch.testing.assert_close(logits(loaded, "SEQ_CLS"), logits(model, "SEQ_CLS").float(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("rate", "optim"), [(5e-5, "adamw_torch"), (1e-4, "adamw_torch"), (5e-5, "sgd")])
+def test_a_rate_at_which_an_adapter_hardly_moves(rate: float, optim: str, tmp_path: Path) -> None:
+    """The Trainer's default, for one. Other optimizers have scales of their own; many steps make up for a low rate."""
+    run = trainer(make(total_step=None), tmp_path, callbacks=[AdaLoraCallback()], optim=optim, warmup_steps=3)
+    run.args.learning_rate = rate
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+    said = [str(warning.message) for warning in caught if "learning rate" in str(warning.message)]
+    if rate < 1e-4 and optim != "sgd":
+        assert len(said) == 1 and "the learning rate is 5e-05: with AdamW" in said[0] and "1e-3" in said[0]
+    else:
+        assert said == []
+    check_rate(adalora.allocator(run.model), run.optimizer, 5000)
 
 
 @pytest.mark.compatibility(OPTIMIZERS, "`TrainingArguments(optim=...)`: every kind that runs on a CPU")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from .. import methods, tasks
-from ..preparation import completed
+from ..reading import completed
 from ..recipe import (
     METHOD_SECTIONS,
     AdaLoraSection,

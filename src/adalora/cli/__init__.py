@@ -22,7 +22,7 @@ from .. import __version__, processes
 from ..core.errors import AdaLoraError
 from . import adapters, bench, look, report, train, use
 
-_TRAIN = "accelerate datasets matplotlib plotly pydantic rich rouge_score sacrebleu scipy seqeval sklearn yaml"
+_TRAIN = "accelerate datasets matplotlib optuna plotly pydantic rich rouge_score sacrebleu scipy seqeval sklearn yaml"
 _EXTRA_OF = {**dict.fromkeys(_TRAIN.split(), "train"), "ray": "ray"}
 
 _COMMANDS: list[tuple[Callable[..., Any], list[str]]] = [
@@ -33,6 +33,10 @@ _COMMANDS: list[tuple[Callable[..., Any], list[str]]] = [
             "adalora train recipes/stsb.yaml --set seed=1 -o runs/stsb-1",
             "adalora train --model roberta-base --train train.csv --eval dev.csv --text review --label stars",
         ],
+    ),
+    (
+        train.tune,
+        ["adalora tune recipes/stsb.yaml", "adalora tune --train train.csv --holdout 0.1 --method lora -o runs/mine"],
     ),
     (train.plan, ["adalora plan recipes/stsb.yaml --set adalora.target_r=2"]),
     (use.evaluate, ["adalora evaluate runs/stsb", "adalora evaluate runs/stsb --data other.csv --json"]),

@@ -36,7 +36,7 @@ _FLAGS = [
     _Flag("adalora.target_r", float, ("--target-r",), "Average rank at the end, which may be a fraction."),
     _Flag("adalora.init_r", int, ("--init-r",), "Rank at the start."),
     _Flag("training.num_train_epochs", float, ("--epochs",), "Passes over the training rows."),
-    _Flag("training.learning_rate", float, ("--lr",), "Highest learning rate."),
+    _Flag("training.learning_rate", str, ("--lr",), "Highest learning rate, or auto."),
     _Flag("training.per_device_train_batch_size", int, ("--batch-size",), "Rows in a batch."),
     _Flag("output", str, ("--output", "-o"), "Folder of the run."),
     _Flag("seed", int, ("--seed",), "Seed of everything random."),

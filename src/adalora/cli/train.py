@@ -1,4 +1,4 @@
-"""``adalora train | plan``."""
+"""``adalora train | tune | plan``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .options import AsJson
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..preparation import Prepared
     from ..recipe import Recipe
     from ..runs import Mode
 
@@ -37,6 +38,46 @@ def train(
     """
     mode = _mode(overwrite, resume)
     _train(asked.recipe(resume), mode, as_json)
+
+
+@takes_recipe
+def tune(
+    asked: Asked,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Search again where the output folder holds a search.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search for a learning rate, and write the recipe that has it.
+
+    Short trials on a part of the training rows, judged by rows left out of them; held-out rows are never looked at.
+    The same command goes on after an interruption. `train --lr auto` searches and trains.
+    """
+    quieten()
+    from ..files import to_json
+    from ..preparation import prepare
+    from ..report import terminal
+    from ..tuning import chosen_in_words, search, write_tuned
+
+    out = terminal.console(stderr=as_json)
+    out.print("reading data and model ...", style="dim")
+    asked.values["training.learning_rate"] = "auto"
+    prepared = prepare(asked.recipe(), "new")
+    try:
+        with prepared.folder.alone():
+            if overwrite:
+                prepared.folder.clear_search()
+            recipe = search(prepared, lambda line: out.print(f"  {line}", soft_wrap=True)).recipe
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    written = write_tuned(prepared.folder, recipe)
+    out.print(chosen_in_words(recipe), soft_wrap=True)
+    out.print(f"Train with it: adalora train {written}", soft_wrap=True)
+    if as_json:
+        assert recipe.facts is not None and recipe.facts.learning_rate is not None
+        found = {"learning_rate": recipe.training.learning_rate, "recipe": str(written)}
+        typer.echo(to_json(found | recipe.facts.learning_rate.model_dump()))
 
 
 @takes_recipe
@@ -86,19 +127,37 @@ def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:
         _show(out, prepared.folder.path, prepared.finished, as_json)
         return
     announce(out, prepared)
+    if prepared.search is not None:
+        prepared = _searched(prepared, out)
     progress = ShowProgress(out, prepared.task.metric_names, prepared.task.headline, budget_of(prepared))
     try:
         with redirect_stdout(sys.stderr if as_json else sys.stdout):  # Trackio, for one, prints
             metrics = train(prepared, [progress], report=True)
     except KeyboardInterrupt:
         progress.stop()
-        if processes.is_first():
-            typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
-        raise typer.Exit(130) from None
+        raise _interrupted(prepared) from None
     finally:
         progress.stop()
     if processes.is_first():
         _show(out, prepared.folder.path, metrics, as_json)
+
+
+def _searched(prepared: Prepared, out: Console) -> Prepared:
+    """The same run with a learning rate that a search has found."""
+    from ..tuning import chosen_in_words, search_for_run
+
+    try:
+        found = search_for_run(prepared, lambda line: out.print(f"  {line}", soft_wrap=True))
+    except KeyboardInterrupt:
+        raise _interrupted(prepared) from None
+    out.print(chosen_in_words(found.recipe), soft_wrap=True)
+    return found
+
+
+def _interrupted(prepared: Prepared) -> typer.Exit:
+    if processes.is_first():
+        typer.echo(f"Interrupted. Continue with: adalora train --resume --output {prepared.folder.path}", err=True)
+    return typer.Exit(130)
 
 
 def _show(out: Console, folder: Path, metrics: dict[str, Any], as_json: bool) -> None:

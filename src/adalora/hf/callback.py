@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..core.allocator import Allocator
 from ..core.errors import StateError
 from ..core.trace import TraceFile
 from .adapters import STATE_NAME, allocator, load_state, save_state
@@ -18,6 +19,8 @@ from .layers import adapter_names
 from .start import start_under, trainer_of
 
 UNSEEN_STEPS = 20  # a loss scaler may skip the first few
+LOW_RATE = 1e-4
+SHORT_WAY = 0.1  # rate x steps, the farthest that Adam can move a weight
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -64,6 +67,7 @@ class AdaLoraCallback(TrainerCallback):
         if ours.awaits_start:
             self._start(model)
         ours.plan(state.max_steps, _steps_per_epoch(args, state, kwargs.get("train_dataloader")))
+        check_rate(ours, kwargs.get("optimizer"), state.max_steps)
         if self.trace_path is not None and state.is_world_process_zero:
             ours.trace_file = TraceFile(self.trace_path)
             ours.trace_file.start(ours.header(), after_step=ours.step)
@@ -169,6 +173,25 @@ def _trained(model: Any) -> nn.Module:
             " Trainer is made."
         )
     return parts[0]
+
+
+def check_rate(ours: Allocator, optimizer: Any, steps: int) -> None:
+    """Warn of a rate at which an adapter hardly moves: the Trainer's default is one for whole models.
+
+    Adam moves a weight by about the rate in a step, whatever the gradient. docs/results.md has what was measured.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    if optimizer is None or "adam" not in kind.lower():
+        return
+    own = {id(parameter) for triplets in ours.triplets for parameter in triplets.parameters}
+    groups = [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
+    rate = max((float(group.get("initial_lr", group["lr"])) for group in groups), default=LOW_RATE)
+    if rate < LOW_RATE and rate * steps < SHORT_WAY:
+        warnings.warn(
+            f"the learning rate is {rate:g}: with {kind}, an adapter learns next to nothing at that rate in {steps}"
+            " steps. Rates from 1e-3 to 1e-2 are usual here; TrainingArguments' default, 5e-5, is for whole models.",
+            stacklevel=3,
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
