@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,16 @@ def ended(children: list[Child], seconds: float) -> list[int] | None:
 
 
 def kill(children: list[Child], number: signal.Signals) -> None:
+    """Of two that train together, the other one may wait for ever where it does not hear of it."""
     for child in children:
-        os.kill(child, number)
-    if ended(children, 30) is None:  # gloo may wait for a peer that has gone
-        for child in children:
-            try:
-                os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        ended_or_gone(children)
-
-
-def ended_or_gone(children: list[Child]) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+    time.sleep(0.5 if number != signal.SIGKILL else 0)
     for child in children:
-        try:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
             os.waitpid(child, 0)
-        except ChildProcessError:
-            continue
 
 
 def content(run: Path) -> dict[str, Any]:
