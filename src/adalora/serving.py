@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .core.errors import ConfigError
 from .hf.convert import read_peft_adalora
 from .hf.files import replacing
+from .hf.placing import ADVICE, fit_vocabulary, misplaced, place, tied, untie_adapted
 from .hf.plain import DTYPES, PlainAdapter
 from .pretrained import load_model, load_tokenizer, locate
 from .reading import completed, task_of
@@ -47,6 +48,10 @@ _COMPONENTS = {
     "transformer": {"transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks"},
     "text_encoder": {"text_model"},
 }
+
+# Of the largest output, between a model that was merged and saved and the one with its adapter beside it: rounding in
+# half precision is below, a weight that is tied again or another scale of the outputs far above.
+_SAME_ANSWER = 0.03
 
 # What Transformers and PEFT raise when files do not hold what was hoped for.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
@@ -212,19 +217,67 @@ def _write_merged(
 ) -> None:
     """The base model with the adapter in its weights, and its tokenizer."""
     model, tokenizer = _base_model(source, adapter, base)
-    with tempfile.TemporaryDirectory() as files:
-        adapter.write(files)
-        try:
-            merged: Any = PeftModel.from_pretrained(model, files).merge_and_unload(safe_merge=True)
-        except _LOAD_ERRORS as error:
-            raise ConfigError(f"the adapter in {source} does not fit its base model: {_first_line(error)}") from error
+    shared = tied(model)
+    try:
+        fit_vocabulary(model, adapter)
+        placed = place(model, adapter)
+        expected = _answer(placed) if shared else None
+        untie_adapted(placed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that weights are no longer tied, as is seen to below
+            merged: Any = placed.merge_and_unload(safe_merge=True)
+    except ConfigError as error:
+        raise ConfigError(f"the adapter in {source} does not fit its base model: {error}") from error
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"the adapter in {source} does not fit its base model: {_first_line(error)}") from error
     if dtype is not None:
         merged.to(dtype)
         if not all(bool(value.isfinite().all()) for value in merged.state_dict().values() if value.is_floating_point()):
             raise ConfigError(f"the merged weights are too large for {str(dtype)[6:]}: use bfloat16 or float32.")
-    merged.save_pretrained(folder)
+    still = tied(merged)
+    if all(any(names <= group for group in still) for names in shared):
+        merged.save_pretrained(folder)
+    else:
+        _save_untied(merged, expected, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _save_untied(merged: Any, expected: torch.Tensor | None, folder: Path) -> None:
+    """Save a model some of whose weights were shared and are no more, so that ``from_pretrained`` does not tie them
+    again.
+
+    Not every kind of model can: what was saved is loaded and must answer as the adapter did.
+    """
+    for untie in (True, False):  # T5 takes "not tied" for another scale of its outputs, too
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = not untie
+        merged.save_pretrained(folder)
+        try:
+            loaded = type(merged).from_pretrained(folder)
+            found = _answer(loaded.float())
+        except _LOAD_ERRORS:
+            found = None
+        if found is None or expected is None or found.shape != expected.shape:
+            continue
+        if float((found - expected).abs().max()) <= _SAME_ANSWER * float(expected.abs().max()):
+            return
+    raise ConfigError(
+        f"{type(merged).__name__} shares a weight that the adapter changed in one place alone, and cannot be loaded"
+        " with the two apart: serve the adapter beside its base model (--format lora)."
+    )
+
+
+def _answer(model: Any) -> torch.Tensor | None:
+    """What the model says to a few tokens; None where it wants to be asked in another way."""
+    tokens = torch.arange(2, 10).unsqueeze(0) % model.config.get_text_config().vocab_size
+    asked = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
+    try:
+        with torch.no_grad():
+            said: torch.Tensor = model.eval()(**asked)[0]
+    except Exception:  # any model of any modality may be here
+        return None
+    return said.float()
 
 
 def _base_model(source: Path, adapter: PlainAdapter, base: str | None) -> tuple[nn.Module, Any]:
@@ -240,30 +293,49 @@ def _base_model(source: Path, adapter: PlainAdapter, base: str | None) -> tuple[
         name = base or adapter.config.base_model_name_or_path
         if not name:
             raise ConfigError(f"the adapter in {source} does not name its base model: --base MODEL does.")
-        place = locate(name)
+        where = locate(name)
     except RecipeError as error:
         raise ConfigError(f"{error}. --base MODEL says where it is.") from error
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(where)
         head = _head_size(adapter)
         changes = {"num_labels": head} if head is not None and head != getattr(config, "num_labels", head) else {}
-        model = _model_class(adapter, config).from_pretrained(place, ignore_mismatched_sizes=True, **changes)
+        kind = _model_class(source, adapter, config)
+        model = kind.from_pretrained(where, ignore_mismatched_sizes=True, **changes)
+    except ConfigError:
+        raise
     except _LOAD_ERRORS as error:
         raise ConfigError(
             f"the base model {name} cannot be loaded: {_first_line(error)}. --base MODEL says where it is."
         ) from error
     try:
-        return model, AutoTokenizer.from_pretrained(place)
+        return model, AutoTokenizer.from_pretrained(where)
     except _LOAD_ERRORS:
         return model, None  # a model of images, or a folder with the weights alone
 
 
-def _model_class(adapter: PlainAdapter, config: Any) -> Any:
-    """Transformers' class by the adapter's task, or else what the base model says that it is."""
+def _model_class(source: Path, adapter: PlainAdapter, config: Any) -> Any:
+    """Transformers' class whose modules are those that the adapter names: by its task, or else what the base model says
+    that it is, or its body alone, as sentence encoders are trained."""
     task = adapter.config.task_type
     known = _MODEL_CLASSES.get(str(getattr(task, "value", task)))
-    name = known or next(iter(config.architectures or ()), "AutoModel")
-    return getattr(transformers, name)
+    said = ""
+    for name in dict.fromkeys(filter(None, [known, *(config.architectures or ()), "AutoModel"])):
+        kind = getattr(transformers, name, None)
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                build: Any = getattr(kind, "from_config", getattr(kind, "_from_config", None))
+                skeleton = build(copy.deepcopy(config))
+        except (*_LOAD_ERRORS, TypeError, AttributeError):
+            continue  # no such class, or none for models of this type
+        wrong = misplaced(adapter, skeleton)
+        if not wrong:
+            return kind
+        said = said or wrong
+    if not said:
+        raise ConfigError(f"Transformers has no class for a base model of type {config.model_type}.")
+    raise ConfigError(f"the adapter in {source} does not fit its base model: {said} {ADVICE}")
 
 
 def _head_size(adapter: PlainAdapter) -> int | None:

@@ -231,7 +231,8 @@ def test_the_wrong_base_model(adalora: Run, tmp_path: Path) -> None:
     adapted("llama", tmp_path)
     adapted("gpt2", tmp_path / "other")
     base = tmp_path / "other" / "base"
-    refused(adalora("export", tmp_path / "adapter", "out", "--format", "merged", "--base", base), "does not fit")
+    done = adalora("export", tmp_path / "adapter", "out", "--format", "merged", "--base", base)
+    refused(done, "does not fit", "--base")
 
 
 # ---------------------------------------------------------------------------------------------------------- llama.cpp

@@ -1,4 +1,4 @@
-"""Four methods of ``LoraModel``, and the loading of EVA's vectors, are taught about :class:`AdaLoraConfig`.
+"""Six methods of ``LoraModel``, and the loading of EVA's vectors, are taught about :class:`AdaLoraConfig`.
 
 For any other configuration they do what they did (docs/decisions/001 says why these):
 
@@ -7,6 +7,7 @@ For any other configuration they do what they did (docs/decisions/001 says why t
 - ``_get_adapter_state_dict``: what is saved is a plain LoRA adapter;
 - ``_remap_adapter_state_dict_for_load``: a plain LoRA adapter is loaded as triplets;
 - ``add_weighted_adapter``: says that it needs exported adapters, and what to do when their ranks do not fit;
+- ``merge_adapter``, ``merge_and_unload``: warn where the base weight is another module's too;
 - ``hotswap_adapter``: says that it needs an exported adapter;
 
 and they gain ``update_and_allocate(step)``, for loops written for PEFT's AdaLoRA.
@@ -15,6 +16,7 @@ and they gain ``update_and_allocate(step)``, for loops written for PEFT's AdaLoR
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +39,7 @@ from .layers import (
     remove_layers,
     upgrade_layers,
 )
+from .placing import adapted_and_tied
 from .state_dicts import LiveRanks, adopt, fold, unfold
 
 ADDS_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  # ways of weighting B and A apart
@@ -159,6 +162,21 @@ def install() -> None:
             )
         add_weighted(self, adapters, weights, adapter_name, combination_type, **kwargs)
 
+    def warning(merge: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(merge)
+        def merging(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+            ours = adapter_names(self.model)
+            if merge.__name__ == "merge_adapter" or kwargs.get("merge", args[0] if args else True):
+                for name, others in adapted_and_tied(self.model, ours).items():
+                    warnings.warn(
+                        f"{name} shares its weight with {', '.join(others)}, which merging changes too, so the merged"
+                        " model is not the trained one. `adalora export --format merged` gives each its own weight.",
+                        stacklevel=3,
+                    )
+            return merge(self, *args, **kwargs)
+
+        return merging
+
     @functools.wraps(swap)
     def hotswap_adapter_from_state_dict(
         model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
@@ -189,6 +207,8 @@ def install() -> None:
         ),
         "add_weighted_adapter": add_weighted_adapter,
         "update_and_allocate": update_and_allocate,
+        "merge_adapter": warning(LoraModel.merge_adapter),
+        "_unload_and_optionally_merge": warning(LoraModel._unload_and_optionally_merge),
         "_knows_adalora": True,
     }
     for name, value in taught.items():

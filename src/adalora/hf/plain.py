@@ -187,11 +187,15 @@ class PlainAdapter:
     def _alphas(self) -> Patterns:
         return Patterns(self.config.alpha_pattern, "alpha_pattern")
 
+    def alpha(self, name: str) -> float:
+        """lora_alpha of a module."""
+        found: float = self._alphas.get(rank_owner(name), self.config.lora_alpha)
+        return found
+
     def scale(self, name: str) -> float:
         """What PEFT multiplies B A of a module by."""
         rank = self.pairs[name].rank
-        alpha: float = self._alphas.get(rank_owner(name), self.config.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        return self.alpha(name) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     # -------------------------------------------------------------------------------------------------- operations
 

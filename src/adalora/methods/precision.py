@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ..core.errors import ConfigError
+from ..hf.placing import place
+from ..hf.plain import PlainAdapter
 
 
 def whole_in_float32(model: PeftModel) -> bool:
@@ -36,12 +40,12 @@ def whole_in_float32(model: PeftModel) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the plain LoRA adapter in ``folder``, as stock PEFT loads it, but for modules that were trained
-    whole: they stay in float32 beside a base in half precision."""
-    loaded = PeftModel.from_pretrained(model, str(folder))
-    if whole_in_float32(loaded):
-        set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"))
-    return loaded
+    """The model with the plain LoRA adapter in ``folder``, every tensor in its place, and modules that were trained
+    whole in float32 beside a base in half precision. ConfigError when it cannot be read or does not fit."""
+    try:
+        return place(model, PlainAdapter.read(folder), whole_in_float32)
+    except ConfigError as error:
+        raise ConfigError(f"the adapter in {folder} cannot be loaded: {error}") from error
 
 
 def _take_any_precision(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
