@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 
 from .core.errors import AdaLoraError
 
+# That a terminal would obey, or no file can hold.
+_CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNWRITABLE = {
     getattr(errno, name)
     for name in (
@@ -98,7 +100,8 @@ def write_json(path: Path, value: Any) -> None:
 def to_json(value: Any, indent: int | None = None) -> str:
     """``value`` as JSON that every reader accepts: a number that is not finite (a correlation that is not
     defined) becomes null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # they are in texts alone
 
 
 def _finite(value: Any) -> Any:

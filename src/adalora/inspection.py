@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import AdaLoraError, ConfigError
-from .core.triplets import from_product
 from .hf.convert import read_peft_adalora
 from .hf.files import ADAPTER_FILES, PICKLED, read_settings
-from .hf.plain import Pair, PlainAdapter
+from .hf.plain import Pair, PlainAdapter, decomposed
 from .report.updates import Adapter, Update
 from .runs import RunFolder
 
 WEIGHTS, CONFIG = ADAPTER_FILES
+_LARGEST = 1e100  # of a singular value, whose square is summed up
 _SHOWN: dict[str, Any] = {  # settings of LoRA that change what ΔW is, with what goes without saying
     "r": None, "lora_alpha": None, "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
     "target_r": None, "init_r": None, "task_type": None,
@@ -49,11 +49,11 @@ def inspect(source: Path) -> Adapter:
 def _update(adapter: PlainAdapter, name: str, pair: Pair, source: Path) -> Update:
     kind = "embedding" if pair.embedding else "linear" if pair.a.ndim == 2 else "convolution"
     b, a = pair.b.flatten(1).double(), pair.a.flatten(1).double()
-    if not (bool(b.isfinite().all()) and bool(a.isfinite().all())):
-        raise ConfigError(f"{source}: {name} holds numbers that are not finite. Did the training diverge?")
     values: list[float] = []
     if pair.rank:
-        values = (adapter.scale(name) * from_product(b, a).lam).tolist()
+        values = (adapter.scale(name) * decomposed(pair._replace(b=b, a=a)).lam).tolist()
+    if any(abs(value) > _LARGEST for value in values):
+        raise ConfigError(f"{source}: {name} has a singular value of {max(values):.3g}. Did the training diverge?")
     return Update(name, kind, (len(b), a.shape[1]), pair.rank, b.numel() + a.numel(), values)
 
 
@@ -116,7 +116,7 @@ def _not_an_adapter(source: Path) -> str:
     if (source / "config.json").is_file():
         try:
             kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             kind = "unknown"
         return f"{source} is a whole model (of type {kind}), not an adapter: there is no update in it to look at."
     return f"{source} is not the folder of an adapter: there is no {CONFIG} in it."

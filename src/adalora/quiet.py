@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from typing import TextIO
 
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")  # speak up when PEFT imports them
+
+
+# C0 and C1 controls, what turns the direction of writing, what looks like nothing, and halves of characters.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 def quieten() -> None:
@@ -31,6 +36,11 @@ def quieten() -> None:
     warnings.showwarning = _show_warning
 
 
+def visible(text: str) -> str:
+    """``text`` as a terminal may have it: control and formatting characters, but for line ends, as escapes."""
+    return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -41,4 +51,4 @@ def _show_warning(
 ) -> None:
     """A warning in a line; what is deprecated where is for developers."""
     if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
-        sys.stderr.write(f"Warning: {message}\n")
+        sys.stderr.write(f"Warning: {visible(str(message))}\n")

@@ -8,6 +8,7 @@ where it came from.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,10 +21,13 @@ except ModuleNotFoundError:
 
 from .. import __version__, processes
 from ..core.errors import AdaLoraError
+from ..quiet import visible
 from . import adapters, bench, look, report, train, use
 
 _TRAIN = "accelerate datasets matplotlib optuna plotly pydantic rich rouge_score sacrebleu scipy seqeval sklearn yaml"
 _EXTRA_OF = {**dict.fromkeys(_TRAIN.split(), "train"), "ray": "ray"}
+
+_LONGEST = 2000  # characters of an error
 
 _COMMANDS: list[tuple[Callable[..., Any], list[str]]] = [
     (
@@ -118,5 +122,7 @@ def _fail(message: str, code: int) -> NoReturn:
     if os.environ.get("ADALORA_DEBUG", "") not in {"", "0"}:
         traceback.print_exc()
     process = f" in process {processes.rank()}" if processes.rank() else ""
-    typer.echo(f"Error{process}: {message}", err=True)
+    said = visible(re.sub(r"\s*[\r\n]+(?!  )", " ", message))  # but for a list of faults, which is indented
+    said = said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    typer.echo(f"Error{process}: {said}", err=True)
     sys.exit(code)

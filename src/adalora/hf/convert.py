@@ -27,7 +27,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
-from .files import read_settings, read_tensors
+from .checked import MOST, check_rank_pattern, short
+from .files import ADAPTER_FILES, read_settings, read_tensors
 from .patterns import Chosen
 from .plain import PREFIX, Pair, PlainAdapter, without_empty
 from .plain_config import plain_config
@@ -74,7 +75,8 @@ def read_peft_adalora(source: str | os.PathLike[str], base_model: nn.Module | No
     if settings.get("peft_type") == "LORA":
         raise ConfigError(f"{path} is plain LoRA already and needs no conversion: PEFT and adalora export read it.")
     if settings.get("peft_type") != "ADALORA":
-        raise ConfigError(f"{path} holds an adapter of type {settings.get('peft_type')!r}, not PEFT's ADALORA.")
+        raise ConfigError(f"{path} holds an adapter of type {short(settings.get('peft_type'))}, not PEFT's ADALORA.")
+    check_rank_pattern(settings, path / ADAPTER_FILES[1])
     triplets, rest = _sorted(read_tensors(path)[0], path)
     pattern = _patterns(settings.get("rank_pattern"), triplets, path)
     trained = any(bool(parts["lora_E"].any()) for parts in triplets.values())
@@ -137,11 +139,12 @@ def _pair(
 ) -> Pair:
     """B and A at scale 1, [d_out, r] and [r, d_in]; triplets with λ = 0 add nothing and are left out."""
     a, b, lam = (parts[part] for part in ("lora_A", "lora_B", "lora_E"))
-    rank = len(lam)
-    if a.ndim != 2 or b.ndim != 2 or lam.numel() != rank or (a.shape[0], b.shape[1]) != (rank, rank):
+    rank = len(lam) if lam.ndim else 0
+    floating = all(part.is_floating_point() for part in (a, b, lam)) and 0 not in (a.shape[-1:] + b.shape[:1])
+    if not floating or a.ndim != 2 or b.ndim != 2 or lam.numel() != rank or (a.shape[0], b.shape[1]) != (rank, rank):
         raise ConfigError(
             f"{name} has lora_A {list(a.shape)}, lora_E {list(lam.shape)} and lora_B {list(b.shape)}; expected"
-            " [r, d_in], [r, 1] and [d_out, r]."
+            " [r, d_in], [r, 1] and [d_out, r], of floating point numbers."
         )
     a, b, lam = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (a, b, lam.flatten()))
     if mask is not None:
@@ -152,8 +155,12 @@ def _pair(
                 f"{name} has rank {rank}, but its rank_pattern keeps {int(mask.sum())} of {len(mask)}: weights and"
                 " adapter_config.json do not belong together."
             )
-    alpha = settings.get("lora_alpha", 8)
-    init_r = float(parts["ranknum"]) if "ranknum" in parts else float(settings.get("init_r", 12))
+    alpha = settings.get("lora_alpha")
+    alpha = 8 if alpha is None else alpha
+    ranknum = parts.get("ranknum")
+    init_r = float(ranknum) if ranknum is not None and ranknum.numel() == 1 else float(settings.get("init_r") or 12)
+    if not 0 < init_r < MOST:
+        raise ConfigError(f"{name} has a ranknum of {init_r}, but it should be the rank that training began with.")
     scale = (alpha if alpha > 0 else float(len(lam))) / (init_r + 1e-5)
     live = (lam if trained else torch.ones_like(lam)).nonzero().flatten()
     return Pair(b, (scale * lam).unsqueeze(1) * a).select(live)

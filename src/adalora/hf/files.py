@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..core.errors import ConfigError
+from .checked import check_settings, check_tensors
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.6
+_LARGEST_SETTINGS = 2**24  # bytes: the pattern of a hundred thousand modules
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError)
 # In the metadata of the weights, as JSON:
 PRUNED = "adalora_pruned"  # modules of rank 0, which have no tensors, and their shapes
 SCORES = "adalora_scores"  # importance of each triplet at the last allocation
@@ -37,13 +41,26 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no folder {directory}.")
     if not file.is_file():
         raise ConfigError(f"{directory} is not the folder of an adapter: there is no {file.name} in it.")
+    if file.stat().st_size > _LARGEST_SETTINGS:
+        raise ConfigError(f"{file} is too large ({file.stat().st_size:,} bytes) to be a configuration of PEFT.")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        settings = read_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} is not a configuration of PEFT: it holds a {type(settings).__name__}, no keys.")
+    check_settings(settings, file)
     return settings
+
+
+def read_json(text: str) -> Any:
+    """``text`` as JSON; ValueError where it is none, also where it is nested too deeply or has a number too long."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,12 +73,14 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if file.is_file():
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
-        except SafetensorError as error:
-            raise ConfigError(f"{file} cannot be read: {error}. Was its writing interrupted?") from error
+                found, about = {name: opened.get_tensor(name) for name in list(opened.keys())}, opened.metadata() or {}
+        except _UNREADABLE as error:
+            raise ConfigError(f"{file} cannot be read: {_reason(error)}. Was its writing interrupted?") from error
+        check_tensors(found, file)
+        return found, about
     if not pickled.is_file():
         raise ConfigError(f"{directory} has neither {file.name} nor {pickled.name}.")
+    _check_not_compressed(pickled)
     try:
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -69,11 +88,27 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{pickled} holds more than tensors, which could run as code when it is read, so it is not read."
             " Get the adapter as safetensors, or from someone you trust."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"{pickled} cannot be read: {error}. Was its writing interrupted?") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ConfigError(f"{pickled} is not a state dict: it should map names to tensors.")
+    except Exception as error:  # whatever a broken pickle makes torch stumble over
+        raise ConfigError(f"{pickled} cannot be read: {_reason(error)}. Was its writing interrupted?") from error
+    check_tensors(tensors if isinstance(tensors, dict) else {"": None}, pickled)
     return tensors, {}
+
+
+def _check_not_compressed(file: Path) -> None:
+    """ConfigError for an archive that would grow when it is read; torch writes none."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise ConfigError(f"{file} cannot be read: {_reason(error)}. Was its writing interrupted?") from error
+    if packed:
+        raise ConfigError(f"{file} is compressed, as torch.save never does, and is not read.")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path, about: Mapping[str, Any]) -> None:
@@ -107,8 +142,11 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file: give the name of a folder.")
     made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
+    except OSError as error:
+        raise _unwritten(target, error) from error
     try:
         yield beside
         files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".json")  # what describes comes last
@@ -118,7 +156,18 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(ordinary.stat().st_mode)  # safetensors writes for its owner alone; servers are others
             file.replace(target / file.name)
+    except OSError as error:
+        raise _unwritten(target, error) from error
+    except SafetensorError as error:
+        if "os error" not in str(error):  # not of the disk
+            raise
+        raise _unwritten(target, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         if made and not any(target.iterdir()):
             target.rmdir()
+
+
+def _unwritten(target: Path, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or _reason(error)
+    return ConfigError(f"{target} cannot be written to: {reason}. Nothing there was changed.")

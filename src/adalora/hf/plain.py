@@ -10,7 +10,6 @@ with row i of A. What else is in the file (heads, biases, DoRA's magnitudes) is 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -27,8 +26,9 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..core.policy import global_topk
 from ..core.settings import check_rank
-from ..core.triplets import from_product
-from .files import ADAPTER_FILES, PRUNED, SCORES, read_settings, read_tensors, replacing, save_tensors
+from ..core.triplets import Factors, from_product
+from .checked import check_padding, check_pruned, check_rank_pattern, check_scores, short
+from .files import ADAPTER_FILES, PRUNED, SCORES, read_json, read_settings, read_tensors, replacing, save_tensors
 from .patterns import Patterns
 from .plain_config import ONLY_AT_THE_START, including, plain_config, rank_owner
 
@@ -103,7 +103,8 @@ class PlainAdapter:
                 " makes it so."
             )
         if settings.get("peft_type") != "LORA":
-            raise ConfigError(f"{path} holds an adapter of type {settings.get('peft_type')!r}, not LORA.")
+            raise ConfigError(f"{path} holds an adapter of type {short(settings.get('peft_type'))}, not LORA.")
+        check_rank_pattern(settings, path / ADAPTER_FILES[1])
         start = settings.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
             raise ConfigError(
@@ -119,12 +120,20 @@ class PlainAdapter:
         given = {key: value for key, value in settings.items() if key in known and value is not None}
         try:
             config = LoraConfig(**given)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever PEFT stumbles over in fields that only it knows
             raise ConfigError(f"{path}/{ADAPTER_FILES[1]} is not a configuration of LoRA: {error}") from error
         tensors, metadata = read_tensors(path)
-        pruned = {name: Pair.empty(*shapes) for name, shapes in json.loads(metadata.get(PRUNED, "{}")).items()}
-        scores = {name: torch.tensor(values) for name, values in json.loads(metadata.get(SCORES, "{}")).items()}
-        return replace(cls.of(config, tensors, pruned, str(path)), scores=scores)
+        file = path / ADAPTER_FILES[0]
+        try:
+            about = {key: read_json(metadata.get(key, "{}")) for key in (PRUNED, SCORES)}
+        except ValueError as error:
+            raise ConfigError(f"{file}: its metadata is not JSON: {error}.") from error
+        pruned = {name: Pair.empty(*shapes) for name, shapes in check_pruned(about[PRUNED], file).items()}
+        scores = {name: torch.tensor(values) for name, values in check_scores(about[SCORES], file).items()}
+        found = cls.of(config, tensors, pruned, str(path))
+        if twice := sorted(set(found.pairs) & set(pruned)):
+            raise ConfigError(f"{file}: its metadata says that {twice[0]} was pruned, but it has tensors.")
+        return replace(found, scores=scores)
 
     @classmethod
     def of(
@@ -159,6 +168,11 @@ class PlainAdapter:
                 missing = "AB".replace(next(iter(found)), "")
                 raise ConfigError(f"{source}: {name} has no lora_{missing}; was its writing interrupted?")
             pair = Pair(found["B"], found["A"], name in embeddings)
+            if not (pair.a.is_floating_point() and pair.b.is_floating_point() and pair.a.numel() and pair.b.numel()):
+                raise ConfigError(
+                    f"{source}: {name} has lora_A {list(pair.a.shape)} of {pair.a.dtype} and lora_B"
+                    f" {list(pair.b.shape)} of {pair.b.dtype}, which is no pair of matrices of numbers."
+                )
             expected = patterns.get(rank_owner(name), config.r)
             if pair.b.ndim < 2 or pair.a.ndim != pair.b.ndim or pair.b.shape[1] != pair.rank or pair.rank != expected:
                 raise ConfigError(
@@ -261,6 +275,10 @@ class PlainAdapter:
         rank = largest if rank is None else rank
         if rank < largest:
             raise ConfigError(f"padding to rank {rank} would cut modules of rank {largest}: truncate first.")
+        shapes = {name: (p.b.shape, p.a.shape) for name, p in (self.pruned | self.pairs).items()}
+        sizes = {name: math.prod(b[:1] + b[2:]) + math.prod(a[1:]) for name, (b, a) in shapes.items()}  # of one triplet
+        held = sum(sizes[name] * pair.rank for name, pair in self.pairs.items())
+        check_padding(sum(size * rank for size in sizes.values()) - held, held)
         whole = self.unscaled()
         like = next(iter(whole.pairs.values())).a
         pairs = whole.pairs | {name: Pair(p.b.to(like), p.a.to(like), p.embedding) for name, p in self.pruned.items()}
@@ -348,10 +366,21 @@ def ranked(pair: Pair) -> tuple[Pair, Tensor]:
     the Frobenius norm, whoever trained the pair. Triplets of AdaLoRA are nearly this already: P and Q are kept
     orthonormal, so ‖ΔW_i‖_F = s·ρ·|λ_i|.
     """
-    p, lam, q = from_product(pair.b.flatten(1), pair.a.flatten(1))
+    p, lam, q = decomposed(pair)
     rows = lam.unsqueeze(1) * q
     b, a = p.reshape(len(p), len(lam), *pair.b.shape[2:]), rows.reshape(len(lam), *pair.a.shape[1:])
     return pair._replace(b=b.to(pair.b.dtype), a=a.to(pair.a.dtype)), lam
+
+
+def decomposed(pair: Pair) -> Factors:
+    """B A as singular triplets; ConfigError where its numbers are too large for it."""
+    try:
+        found = from_product(pair.b.flatten(1), pair.a.flatten(1))
+        if all(bool(part.isfinite().all()) for part in found):
+            return found
+    except RuntimeError:  # of linear algebra, which found numbers that are not finite
+        pass
+    raise ConfigError("the adapter's numbers are too large: a product of A and B is not finite. Has training diverged?")
 
 
 def without_empty(pairs: Mapping[str, Pair], rest: Collection[str]) -> dict[str, Pair]:

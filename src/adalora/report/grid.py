@@ -65,11 +65,16 @@ class _Spot(NamedTuple):
     kind: str
 
 
+def _is_number(part: str) -> bool:
+    """Whether a part of a name counts layers: a stranger's may have more digits than any number."""
+    return part.isdecimal() and len(part) < 10
+
+
 def place(name: str) -> Place:
     """Split a module's name at its first number: ``encoder.layer.3.output.dense`` is ``output.dense`` of layer 3."""
     parts = name.split(".")
     for index, part in enumerate(parts):
-        if part.isdecimal() and index + 1 < len(parts):
+        if _is_number(part) and index + 1 < len(parts):
             return Place(".".join(parts[:index]), int(part), ".".join(parts[index + 1 :]))
     return Place("", None, name)
 
@@ -123,9 +128,9 @@ def _spot(name: str) -> _Spot:
     kind: list[str] = []
     for index, part in enumerate(parts):
         before, last = parts[index - 1] if index else "", index + 1 == len(parts)
-        if _NUMBERED_EXPERT.fullmatch(part) or (part.isdecimal() and _EXPERT.fullmatch(before)):
+        if _NUMBERED_EXPERT.fullmatch(part) or (_is_number(part) and _EXPERT.fullmatch(before)):
             continue
-        if not part.isdecimal() or last or not _counts_layers(before, bool(layers)):
+        if not _is_number(part) or last or not _counts_layers(before, bool(layers)):
             kind.append(part)
             continue
         if not layers:
@@ -133,7 +138,7 @@ def _spot(name: str) -> _Spot:
             stack, kind = tuple(kind[:-1] if held else kind), [before] if held else []
         elif kind and kind[-1] == before and before not in _PARTS:
             kind.pop()
-        level = tuple("*" if word.isdecimal() else word for word in parts[:index])
+        level = tuple("*" if _is_number(word) else word for word in parts[:index])
         layers.append((level, int(part)))
     return _Spot(stack, tuple(layers), ".".join(kind))
 
@@ -141,7 +146,7 @@ def _spot(name: str) -> _Spot:
 def _counts_layers(before: str, nested: bool) -> bool:
     """Whether the number after this word says which layer: within a layer, that takes a plural (``resnets.1``) or
     another number (``blocks.0.1``)."""
-    return not nested or before.isdecimal() or (before.endswith("s") and not before.endswith("ss"))
+    return not nested or _is_number(before) or (before.endswith("s") and not before.endswith("ss"))
 
 
 def _mean(values: Sequence[int]) -> float | None:

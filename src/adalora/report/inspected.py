@@ -19,12 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import replacing
+from ..quiet import visible
 from .grid import Cells, cells, place
 from .terminal import print_lines, rank_table
 from .updates import Adapter, Update, kept
 
 _WIDE = 100  # columns of a terminal from which on there is room for parameters
 _INK, _PAPER, _ABSENT = "#111111", "#ffffff", "#e4e4e4"
+_LONGEST = 200  # characters of a name
 _DARK = 0.55  # of the colour scale, up to which text on it is white
 _MOST = 60  # rows of a picture, beyond which numbers in cells cannot be read
 
@@ -37,7 +39,7 @@ def print_adapter(out: Console, adapter: Adapter, rank: int | None = None) -> No
     live = sum(adapter.ranks.values())
     shown = {
         "Adapter": f"{adapter.folder}: {adapter.method}",
-        "Base model": adapter.base_model or "not named",
+        "Base model": _cut(adapter.base_model or "not named"),
         "Settings": ", ".join(f"{key} {_short(value)}" for key, value in adapter.settings.items()),
         "Matrices": f"{len(adapter.updates)}, {live} triplets, {live / len(adapter.updates):.3g} on average",
         "Parameters": f"{adapter.parameters:,} in A and B, {adapter.other_parameters:,} beside them",
@@ -112,10 +114,14 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
+
+
 def _short(value: object) -> str:
     if isinstance(value, dict):
         return f"of {len(value)} modules"
-    return f"{value:g}" if isinstance(value, float) else "yes" if value is True else str(value)
+    return f"{value:g}" if isinstance(value, float) else "yes" if value is True else _cut(str(value))
 
 
 # ------------------------------------------------------------------------------------------------------------ picture
@@ -135,7 +141,7 @@ def draw_adapter(adapter: Adapter, path: Path) -> None:
     _draw_spectra(spectra, adapter, grid)
     _draw_energy(energy, adapter)
     title = f"{adapter.method} in {adapter.folder}"
-    figure.suptitle(title if len(title) < 90 else f"... {title[-86:]}", fontsize=11)
+    figure.suptitle(visible(title if len(title) < 90 else f"... {title[-86:]}"), fontsize=11, parse_math=False)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=130, facecolor=_PAPER)
 
@@ -157,8 +163,8 @@ def _draw_norms(axes: Axes, adapter: Adapter, grid: Cells, numbers: bool) -> Non
     every = max(1, len(grid.columns) // _MOST)
     layers = [column.name for column in grid.columns]
     wide = any(len(layer) > 3 for layer in layers)
-    axes.set_xticks(range(0, len(layers), every), layers[::every], rotation=60 if wide else 0)
-    axes.set_yticks(range(len(grid.kinds)), grid.kinds)
+    axes.set_xticks(range(0, len(layers), every), layers[::every], rotation=60 if wide else 0, parse_math=False)
+    axes.set_yticks(range(len(grid.kinds)), [visible(kind) for kind in grid.kinds], parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
@@ -171,7 +177,7 @@ def _draw_spectra(axes: Axes, adapter: Adapter, grid: Cells) -> None:
     found, count = {update.name: update for update in adapter.updates}, len(grid.kinds)
     for row, (kind, cell) in enumerate(zip(grid.kinds, grid.names, strict=True)):
         colour = f"C{row}" if count <= 10 else colormaps["turbo"](row / (count - 1))
-        label: str | None = kind
+        label: str | None = visible(kind)
         for name in chain.from_iterable(cell):
             values = [value for value in found[name].singular_values if value > 0]
             if values:
@@ -181,7 +187,8 @@ def _draw_spectra(axes: Axes, adapter: Adapter, grid: Cells) -> None:
     if axes.lines:
         axes.set_yscale("log")
         if count <= 12:
-            axes.legend(fontsize=7)
+            for text in axes.legend(fontsize=7).get_texts():
+                text.set_parse_math(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("i")
     axes.set_ylabel("σ$_i$ of ΔW")

@@ -6,15 +6,17 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..quiet import visible
 from .grid import Grid, arrange
 
 _DETAILS = {"scores", "n_best"}  # of an answer: for --json
@@ -44,12 +46,20 @@ def number(value: float | None) -> str:
     return "undefined" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
+class _Console(Console):
+    """A console that shows control characters, which names in strangers' files may hold, instead of sending them."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def console(stderr: bool = False) -> Console:
     """Where words go: to stdout, or to stderr where that is for machines. Elsewhere than on a terminal, lines are as
     long as they are. Brackets are brackets, as in a folder's name."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else 110
-    return Console(highlight=False, markup=False, soft_wrap=False, stderr=stderr, width=width)
+    return _Console(highlight=False, markup=False, soft_wrap=False, stderr=stderr, width=width)
 
 
 def duration(seconds: float) -> str:
