@@ -44,8 +44,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_SETTINGS:
         raise ConfigError(f"{file} is too large ({file.stat().st_size:,} bytes) to be a configuration of PEFT.")
     try:
-        settings = read_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = read_json(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not JSON: {error}.") from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
@@ -55,12 +55,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def read_json(text: str) -> Any:
-    """``text`` as JSON; ValueError where it is none, also where it is nested too deeply or has a number too long."""
+def read_json(text: str, source: str) -> Any:
+    """``text`` as JSON; ConfigError where it is none, is nested too deeply, or has a number of too many digits."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not JSON: {error}.") from error
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -146,7 +146,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".export-", dir=target))
     except OSError as error:
-        raise _unwritten(target, error) from error
+        raise ConfigError(_unwritten(target, error)) from error
     try:
         yield beside
         files = sorted(beside.iterdir(), key=lambda file: file.suffix == ".json")  # what describes comes last
@@ -157,17 +157,17 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
                 file.chmod(ordinary.stat().st_mode)  # safetensors writes for its owner alone; servers are others
             file.replace(target / file.name)
     except OSError as error:
-        raise _unwritten(target, error) from error
+        raise ConfigError(_unwritten(target, error)) from error
     except SafetensorError as error:
         if "os error" not in str(error):  # not of the disk
             raise
-        raise _unwritten(target, error) from error
+        raise ConfigError(_unwritten(target, error)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         if made and not any(target.iterdir()):
             target.rmdir()
 
 
-def _unwritten(target: Path, error: Exception) -> ConfigError:
+def _unwritten(target: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or _reason(error)
-    return ConfigError(f"{target} cannot be written to: {reason}. Nothing there was changed.")
+    return f"{target} cannot be written to: {reason}. Nothing there was changed."

@@ -167,9 +167,7 @@ class _Bounded:
     def _timed(self, match: Any, name: str) -> Any:
         start = time.monotonic()
         try:
-            if self._clock.left <= 0:
-                raise TimeoutError
-            return match(name, timeout=self._clock.left)
+            return match(name, timeout=max(self._clock.left, 1e-6))
         except TimeoutError as error:
             raise ConfigError(
                 f"{self._said} takes too long to match against {_short(name)}: write the names of modules instead."

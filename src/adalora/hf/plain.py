@@ -124,10 +124,7 @@ class PlainAdapter:
             raise ConfigError(f"{path}/{ADAPTER_FILES[1]} is not a configuration of LoRA: {error}") from error
         tensors, metadata = read_tensors(path)
         file = path / ADAPTER_FILES[0]
-        try:
-            about = {key: read_json(metadata.get(key, "{}")) for key in (PRUNED, SCORES)}
-        except ValueError as error:
-            raise ConfigError(f"{file}: its metadata is not JSON: {error}.") from error
+        about = {key: read_json(metadata.get(key, "{}"), f"the metadata of {file}") for key in (PRUNED, SCORES)}
         pruned = {name: Pair.empty(*shapes) for name, shapes in check_pruned(about[PRUNED], file).items()}
         scores = {name: torch.tensor(values) for name, values in check_scores(about[SCORES], file).items()}
         found = cls.of(config, tensors, pruned, str(path))
