@@ -85,7 +85,8 @@ class Allocator:
         self.trace_file: TraceFile | None = None
         self.started: dict[str, Any] = {}  # what P and Q were found from, if the loss's gradient was looked at
         self._gradients: Tensor | None = None  # of the step that is going on, where they are asked for after it
-        self._weights_replaced = False
+        self._lam_before_load: list[Tensor] | None = None  # since weights have been loaded
+        self._in_doubt = False  # other weights than these had been trained until this step
         self._settled = self.frozen  # nothing pruned is left in memory
         self._lam_before_mask: Tensor | None = None
         self._last_scores: Tensor | None = None  # that the final phase began with
@@ -109,6 +110,11 @@ class Allocator:
     def sizes(self) -> list[int]:
         """Triplets held by each matrix, pruned ones included until they are compacted away."""
         return [t.rank for t in self.triplets]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters lie in shards: whatever reads them must then be called in every process."""
+        return any(t.is_sharded for t in self.triplets)
 
     def is_resizable(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> bool:
         """Whether ranks can be compacted in memory now. Distributed wrappers keep buffers of the parameters' sizes."""
@@ -249,14 +255,16 @@ class Allocator:
         parameters = self._stacks.parameters()
         if all(w.grad is None or not w.requires_grad for parts in parameters for w in parts):
             return
-        if self._weights_replaced:
+        self._refresh(parameters)
+        if self._in_doubt:
+            self._in_doubt = False
             warnings.warn(
                 f"adapter weights were loaded without their training state: the budget's schedule goes on from step"
                 f" {self.step}. To resume an interrupted training, load adalora_state.safetensors too"
-                " (adalora.load_state(model, checkpoint), or AdaLoraCallback() under a Trainer).",
+                " (adalora.load_state(model, checkpoint), or AdaLoraCallback() under a Trainer), or what"
+                " adalora.allocator(model).state_dict() gave, with its load_state_dict.",
                 stacklevel=2,
             )
-        self._refresh(parameters)
         self._look_what_is_trained(parameters)
         for t in self._stacks.empty:
             t.drop_gradients()  # some optimizers trip over empty parameters
@@ -408,7 +416,7 @@ class Allocator:
         self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]
         self._lam_before_mask = None
         self._lay_out()
-        self._weights_replaced = False
+        self._lam_before_load, self._in_doubt = None, False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
         self._last_scores = last_scores_of(tensors, self.triplets, self._stacks.device)
         self._settled = self.frozen and bool(self.mask.all())
@@ -428,16 +436,22 @@ class Allocator:
         self._plan_if_told()
 
     def weights_replaced(self) -> None:
-        """To be told when P, Λ, Q were loaded from elsewhere: live is then what is not zero."""
-        self._weights_replaced = True
+        """To be told before P, Λ, Q are loaded from elsewhere: live is then what is not zero.
+
+        Weights that are what they were do not count, so state and weights may be loaded in either order.
+        """
+        if self._lam_before_load is None:
+            self._lam_before_load = [t.lam.detach().clone() for t in self.triplets]
 
     # ---------------------------------------------------------------- inside
 
     def _refresh(self, parameters: Sequence[Parts] | None = None) -> None:
         """Catch up with weights, ranks or a device that changed behind the allocator's back."""
         lams = [whole(t.lam) for t in self.triplets] if parameters is None else [parts[LAM] for parts in parameters]
-        if self._weights_replaced or self._stacks.sizes != [lam.shape[0] for lam in lams]:
-            self._weights_replaced = False
+        replaced = self._lam_before_load is not None and not _equal(lams, self._lam_before_load)
+        self._in_doubt |= replaced
+        self._lam_before_load = None
+        if replaced or self._stacks.sizes != [lam.shape[0] for lam in lams]:
             self._lay_out()
             self.mask = torch.cat([lam.detach() for lam in lams]) != 0
             self._last_scores = None
@@ -552,3 +566,8 @@ class Allocator:
         self._stacks.mask(self.mask, optimizers, vectors=True)
         if self._regulariser.counts_all:
             self._regulariser = Regulariser(self._stacks, self.mask, self.settings.vector_norm)
+
+
+def _equal(lams: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    pairs = [(lam, whole(was)) for lam, was in zip(lams, before, strict=True)]  # in every process, if in any
+    return all(not was.is_meta and torch.equal(lam, was.to(lam.device)) for lam, was in pairs)

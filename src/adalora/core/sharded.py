@@ -7,10 +7,17 @@ right, and no faster than that; adapters are small.
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import StateError
+
+PATIENCE = 300.0
+"""Seconds to wait for the other processes before a gathering that all of them must take part in."""
+_met: dict[str, int] = {}  # what for -> how often
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -43,5 +50,32 @@ def like(parameter: Tensor, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(mesh, placements)
     replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=placements)
+
+
+def meet(call: str) -> None:
+    """Wait until every process has come here, before shards are gathered: one alone would wait for ever.
+
+    Args:
+        call: what the user has called.
+
+    Raises:
+        StateError: others have not within :data:`PATIENCE` seconds.
+    """
+    distributed: Any = torch.distributed
+    store, everyone = distributed.distributed_c10d._get_default_store(), distributed.get_world_size()
+    key = f"adalora/{call}/{_met.get(call, 0)}"
+    store.add(key, 1)
+    deadline = time.monotonic() + PATIENCE
+    while (there := store.add(key, 0)) < everyone:
+        if time.monotonic() > deadline:
+            store.add(key, -1)
+            raise StateError(
+                f"{call} was called by {there} of {everyone} processes. This model's parameters lie in shards (FSDP2),"
+                f" which all processes gather together: call {call} on every process; the first of them writes."
+            )
+        time.sleep(0.01)
+    _met[call] = _met.get(call, 0) + 1

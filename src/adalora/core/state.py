@@ -93,5 +93,6 @@ def check_fit(state: Mapping[str, Any], triplets: Sequence[Triplets], settings: 
         if len(q) != t.rank and not t.is_resizable():
             raise StateError(
                 f"the state has rank {len(q)} for {t.name}, which has {t.rank} here and is still held by a graph"
-                " or a distributed model: load the state before the first forward pass."
+                " or a distributed model: load the state before the first forward pass, and before the model is"
+                " sharded."
             )

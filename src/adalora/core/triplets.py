@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from .errors import ConfigError
-from .sharded import like
+from .sharded import is_sharded, like
 
 Initialization = Literal["orthonormal", "gaussian", "gradient"]
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
@@ -195,12 +195,16 @@ class Triplets:
         rank = len(factors.lam)
         for parameter, value, dim in zip(self.parameters, factors, TRIPLET_DIMS, strict=True):
             shape = [rank if d == dim else size for d, size in enumerate(parameter.shape)]
-            value = value.detach().to(parameter).reshape(shape)
+            value = value.detach().to(parameter.device, parameter.dtype).reshape(shape)
             parameter.grad = None
             if value.shape == parameter.shape:
                 parameter.copy_(like(parameter, value))
             else:
                 _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(map(is_sharded, self.parameters))
 
     def drop_gradients(self) -> None:
         for parameter in self.parameters:
@@ -212,7 +216,7 @@ class Triplets:
         Not while something else holds the parameters' storage (a retained graph), nor with a state of
         an optimizer that does not come apart by triplets: blocks of a flat tensor, as 8-bit optimizers and LBFGS keep.
         """
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers) or self.is_sharded:
             return False
         states = [
             (value, parameter.shape, dim)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.allocator import Allocator
 from ..core.errors import ConfigError, StateError
+from ..core.sharded import meet, whole
 from .config import AdaLoraConfig
 from .files import PRUNED, SCORES, replacing, save_tensors
 from .layers import (
@@ -150,7 +151,8 @@ def export_lora(
     """Write the adapter as plain LoRA: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     B = P, A = s·ρ·Λ Q, and the configuration makes the scale 1, for engines that read rank patterns and for those that
-    do not. Both files are written beside their place first. ``model.save_pretrained`` writes the same two.
+    do not. Both files are written beside their place first. ``model.save_pretrained`` writes the same two. Where
+    parameters lie in shards (FSDP2), every process must call this, and the first writes.
 
     Args:
         model: any model with the adapter in it.
@@ -164,13 +166,20 @@ def export_lora(
         the directory.
 
     Raises:
-        StateError: the model has no such adapter.
+        StateError: the model has no such adapter, or its other shards' processes do not take part.
         ConfigError: a rank above what is there, or a type that cannot hold the values.
     """
     name = _adapter_name(model, adapter_name)
     config: AdaLoraConfig = model.peft_config[name]  # type: ignore[assignment, index]
+    sharded = allocator(model, name).is_sharded
+    if sharded:
+        meet("export_lora")
     weights = get_peft_model_state_dict(model, adapter_name=name)
     prefix = "" if all(key.startswith("base_model.model.") for key in weights) else "base_model.model."
+    tensors = {prefix + key: value for key, value in weights.items()}
+    about = {PRUNED: _pruned(model, name, tensors), SCORES: _scores(model, name, tensors)}
+    if sharded and torch.distributed.get_rank() != 0:
+        return Path(directory)
     inference_mode, base = config.inference_mode, config.base_model_name_or_path
     with replacing(directory) as beside:
         try:
@@ -181,8 +190,7 @@ def export_lora(
             config.save_pretrained(str(beside))
         finally:
             config.inference_mode, config.base_model_name_or_path = inference_mode, base
-        tensors = {prefix + key: value for key, value in weights.items()}
-        save_tensors(tensors, beside, {PRUNED: _pruned(model, name, tensors), SCORES: _scores(model, name, tensors)})
+        save_tensors(tensors, beside, about)
         if rank is not None or pad or dtype is not None:
             plain = PlainAdapter.read(beside)
             plain = plain if rank is None else plain.truncate(rank)
@@ -197,10 +205,17 @@ def export_lora(
 def save_state(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
     """Write ``adalora_state.safetensors`` into a checkpoint: all that a bit-for-bit resumption needs of the method.
 
+    Where parameters lie in shards (FSDP2), every process must call this, and the first writes.
+
     Raises:
-        StateError: the model has no such adapter.
+        StateError: the model has no such adapter, or its other shards' processes do not take part.
     """
-    state = allocator(model, adapter_name).state_dict()
+    ours = allocator(model, adapter_name)
+    if ours.is_sharded:
+        meet("save_state")
+    state = ours.state_dict()
+    if ours.is_sharded and torch.distributed.get_rank() != 0:
+        return Path(directory) / STATE_NAME
     tensors = {key: value.cpu().contiguous() for key, value in state.pop("tensors").items()}
     with replacing(directory) as beside:
         save_file(tensors, beside / STATE_NAME, metadata={"format": "pt", "adalora": json.dumps(state)})
@@ -253,7 +268,7 @@ def _pruned(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Ten
         name = full.removeprefix(PREFIX)
         if not any(key.startswith(f"{PREFIX}{name}.lora_") for key in tensors):
             p, _, q = triplets_of(layer, adapter_name).parameters
-            b, a = p.new_zeros(p.shape[0], 0, *p.shape[2:]), q.new_zeros(0, *q.shape[1:])
+            b, a = torch.zeros(p.shape[0], 0, *p.shape[2:]), torch.zeros(0, *q.shape[1:])
             found[name] = Pair(b, a, adapter_name in layer.lora_embedding_A)
     return shapes_of(found)
 
@@ -266,10 +281,11 @@ def _scores(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Ten
         return {}
     found = {}
     for triplets, of_all in zip(ours.triplets, torch.split(scores, ours.sizes), strict=True):
+        lam = whole(triplets.lam)
         keys = (f"{PREFIX}{triplets.name}.lora_A.weight", f"{PREFIX}{triplets.name}.lora_embedding_A")
         pair = next((tensors[key] for key in keys if key in tensors), None)
         if pair is not None:
-            kept = of_all[triplets.lam != 0].float().cpu()
+            kept = of_all[lam != 0].float().cpu()
             found[triplets.name] = torch.cat([kept, kept.new_zeros(len(pair) - len(kept))])  # padded with zeros
     return listed(found)
 

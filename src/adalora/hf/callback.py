@@ -106,8 +106,10 @@ class AdaLoraCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After everything else is written: its presence says that the checkpoint is complete."""
         directory = _checkpoint(args, state)
-        if state.is_world_process_zero and directory.is_dir():
-            save_state(_trained(kwargs["model"]), directory, self.adapter_name)
+        model = _trained(kwargs["model"])
+        sharded = allocator(model, self.adapter_name).is_sharded  # then all gather, and the first writes
+        if sharded or (state.is_world_process_zero and directory.is_dir()):
+            save_state(model, directory, self.adapter_name)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -303,7 +303,8 @@ def triplets_of(layer: LoraLayer, adapter_name: str) -> Triplets:
 
 
 def _resize_to_state_dict(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Ranks differ between the moments of a training: take the shapes of what is about to be loaded."""
+    """Ranks differ between the moments of a training: take the shapes of what is about to be loaded, and tell the
+    allocator, whose state comes by another way."""
     assert isinstance(layer, LoraLayer)
     for adapter_name in (*layer.lora_A, *layer.lora_embedding_A):
         if _singular(layer, adapter_name) is None:
@@ -313,7 +314,9 @@ def _resize_to_state_dict(layer: nn.Module, state_dict: dict[str, Tensor], prefi
             factors = Factors(*(part for part in stored if part is not None))
             triplets = triplets_of(layer, adapter_name)
             if (factors.p.shape[0], factors.q.shape[1:]) == (triplets.p.shape[0], triplets.q.shape[1:]):
-                triplets.assign(factors)
+                triplets.right.allocator.weights_replaced()
+                if len(factors.lam) != triplets.rank and not triplets.is_sharded:
+                    triplets.assign(factors)
 
 
 def padded(loaded: Factors, live: Factors) -> Factors:

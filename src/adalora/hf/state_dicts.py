@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from ..core.errors import StateError
 from ..core.sharded import whole
-from ..core.triplets import Factors, Triplets, from_rows, to_product
+from ..core.triplets import TRIPLET_DIMS, Factors, Triplets, from_rows, to_product
 from .config import AdaLoraConfig
 from .layers import Keys, adapted_layers, adapter_names, padded, projection, triplets_of
 from .plain import PREFIX
@@ -32,7 +32,7 @@ def fold(
     Returns:
         the new state dict, in which layers of rank 0 are left out, and the rank of each layer by its name.
     """
-    folded = dict(state_dict)
+    folded = {key: whole(value) for key, value in state_dict.items()}
     layers = [
         (name, layer, keys)
         for name, layer in adapted_layers(model, adapter_name)
@@ -186,7 +186,27 @@ def adopt(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
     config._live = LiveRanks(model, adapter_name)
     known: Any = model._load_state_dict_pre_hooks.values()
     if _take_plain_form not in [hook.hook for hook in known]:
+        model.register_load_state_dict_pre_hook(_give_back_what_is_empty)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_pre_hook(_take_plain_form)  # type: ignore[no-untyped-call]
+
+
+def _give_back_what_is_empty(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Writers of safetensors (Accelerate's is one) take all empty tensors for one that is shared, and keep the first:
+    where a part of some layer's triplets is left out, layers without any are of rank 0, too."""
+    for adapter_name in adapter_names(model):
+        layers = [
+            (triplets_of(layer, adapter_name), Keys.of(layer, prefix + name, adapter_name).factors)
+            for name, layer in adapted_layers(model, adapter_name)
+        ]
+        found = [[state_dict[key] for key in keys if key in state_dict] for _, keys in layers]
+        if not any(0 < len(parts) < len(Factors._fields) and not parts[0].numel() for parts in found):
+            continue
+        for (triplets, keys), parts in zip(layers, found, strict=True):
+            if any(part.numel() for part in parts):
+                continue
+            for key, parameter, dim in zip(keys, triplets.parameters, TRIPLET_DIMS, strict=True):
+                shape = [0 if d == dim else size for d, size in enumerate(parameter.shape)]
+                state_dict.setdefault(key, parameter.new_empty(shape, requires_grad=False))
 
 
 def _take_plain_form(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
