@@ -118,6 +118,20 @@ def test_an_allocator_writes_what_it_did(tmp_path: Path) -> None:
         assert recorded.orthogonality == seen[recorded.step][1]
 
 
+def test_a_state_takes_the_trace_in_memory_back_with_it() -> None:
+    """Loaded into an allocator that has gone on, a state leaves no allocation after its own step in the trace."""
+    toy = Toy()
+    allocator, optimizer = Allocator(toy.triplets, plan(compact=False)), adamw(toy.parameters())
+    train(toy, allocator, optimizer, range(1, 8))
+    state, steps = allocator.state_dict(), [a.step for a in allocator.trace]
+    train(toy, allocator, optimizer, range(8, 17))
+    assert steps == [4, 6] and [a.step for a in allocator.trace] == [4, 6, 8, 10, 12]
+    allocator.load_state_dict(state)
+    assert [a.step for a in allocator.trace] == steps
+    train(toy, allocator, optimizer, range(8, 17))
+    assert [a.step for a in allocator.trace] == [4, 6, 8, 10, 12]
+
+
 def test_what_came_back_and_the_scores_of_the_last_ranking() -> None:
     """Returned triplets are counted against the mask before; the scores explain which triplets were kept."""
     toy = Toy(ranks=(6, 6, 6))

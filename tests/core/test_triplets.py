@@ -190,6 +190,17 @@ def test_rows_and_products_are_inverse(
     torch.testing.assert_close(factors.q.norm(dim=1), (factors.lam > 0).double(), **EXACT64)
 
 
+def test_a_row_of_zeros_is_a_triplet_of_zeros() -> None:
+    """Not 0/0: a pruned triplet in a padded file has no direction."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        factors = from_rows(
+            torch.ones(4, 2, dtype=dtype), torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], dtype=dtype)
+        )
+        assert factors.lam.tolist() == [0.0, 5.0] and factors.q[0].tolist() == [0.0, 0.0, 0.0]
+        tiny = from_rows(torch.ones(4, 1), torch.full((1, 3), 1e-45))
+        assert all(bool(part.isfinite().all()) for part in tiny)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
 def test_rows_of_any_size_survive(dtype: torch.dtype, size: float) -> None:
@@ -364,3 +375,12 @@ def test_the_right_half_describes_itself() -> None:
     assert "rank=3" in repr(SingularProjection(torch.zeros(3, 7))) and "in_features=7" in repr(
         SingularProjection(torch.zeros(3, 7))
     )
+
+
+def test_ranks_shrink_in_the_middle_of_autocast() -> None:
+    """Autocast keeps casts of the parameters, with weak references that a change of shape does not go with."""
+    t = random_triplets(6, 5, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        t.forward(torch.ones(2, 5)).sum().backward()
+        t.keep(torch.tensor([0, 2]))
+        assert t.rank == 2 and t.forward(torch.ones(2, 5)).shape == (2, 6)

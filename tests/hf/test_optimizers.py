@@ -14,8 +14,10 @@ from torch import nn
 from transformers import Adafactor
 
 import adalora
-from adalora import AdaLoraConfig, StateError
+from adalora import AdaLoraConfig, Allocator, StateError
+from adalora.hf.hooks import drive
 
+from ..core.toys import Toy, plan
 from .models import batch, bert, logits
 from .test_loops import STEPS, Rows, adamw, adapter_weights, make, one_step
 
@@ -364,6 +366,27 @@ def test_a_scaler_may_skip_one_of_two_optimizers_that_share_an_adapter() -> None
             optimizer.zero_grad()
     assert allocator.step == 5
     assert all(torch.isfinite(w).all() for w in model.parameters())
+
+
+def test_an_adapter_may_join_an_optimizer_that_has_stepped_already() -> None:
+    """Whether its parameters join the optimizer's, or an adapter is made of parameters that it holds."""
+    model = make()
+    optimizer = torch.optim.AdamW([w for n, w in model.named_parameters() if "modules_to_save" in n], lr=1e-2)
+    one_step(model, optimizer)
+    assert adalora.allocator(model).step == 0
+    optimizer.add_param_group({"params": [w for t in adalora.allocator(model).triplets for w in t.parameters]})
+    for _ in range(STEPS):
+        one_step(model, optimizer)
+    assert_budget_reached(model)
+    toy = Toy()
+    other = torch.optim.SGD(toy.parameters(), lr=1e-2)
+    for driven in (False, True):
+        if driven:  # the optimizer holds what it did
+            allocator = Allocator(toy.triplets, plan())
+            drive(allocator)
+        toy.loss(1).backward()
+        other.step()
+    assert allocator.step == 1
 
 
 class Picky(torch.optim.SGD):

@@ -176,7 +176,7 @@ def export_lora(
         meet("export_lora")
     weights = get_peft_model_state_dict(model, adapter_name=name)
     prefix = "" if all(key.startswith("base_model.model.") for key in weights) else "base_model.model."
-    tensors = {prefix + key: value for key, value in weights.items()}
+    tensors = {prefix + key: whole(value) for key, value in weights.items()}  # of modules_to_save, too
     about = {PRUNED: _pruned(model, name, tensors), SCORES: _scores(model, name, tensors)}
     if sharded and torch.distributed.get_rank() != 0:
         return Path(directory)
