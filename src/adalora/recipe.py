@@ -176,6 +176,7 @@ class AdaLoraSection(_Section):
     singular_gain: float | Literal["auto"] = Field(
         "auto", description="Gain on the singular values; 1.0 is the paper's."
     )
+    vector_norm: float = Field(1.0, gt=0, description="Length of the vectors in P and Q: shorter ones turn faster.")
     sensitivity_at: str = Field("before_step", description="Weights that the sensitivity is taken at.")
     compact: bool = Field(True, description="Slice pruned triplets away in memory when the final phase begins.")
     kernel: Literal["fused", "reference"] = Field(

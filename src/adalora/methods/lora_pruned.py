@@ -47,6 +47,7 @@ HERE: dict[str, object] = {
     "orthogonality": "squared",
     "initialization": "orthonormal",
     "singular_gain": 1.0,
+    "vector_norm": 1.0,
     "sensitivity_at": "before_step",
     "compact": False,
     "kernel": "reference",

@@ -50,6 +50,7 @@ PEFTS: dict[str, object] = {
     "orthogonality": "frobenius",
     "initialization": "gaussian",
     "singular_gain": 1.0,
+    "vector_norm": 1.0,
     "sensitivity_at": "after_step",
     "compact": False,
     "kernel": "reference",
