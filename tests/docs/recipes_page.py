@@ -57,6 +57,7 @@ METHODS = {
     "adalora": "AdaLoRA: P Λ Q under a budget that goes where it matters",
     "svd_lora": "P Λ Q at the target rank throughout, without allocation",
     "lora_pruned": "LoRA whose doublets are pruned under the same budget",
+    "lora_squeeze": "LoRA at a larger rank, squeezed to the target by SVD, the same rank everywhere",
     "peft_adalora": "PEFT's own AdaLoRA, driven as it must be",
     "lora": "LoRA",
     "rslora": "LoRA at the scale alpha / sqrt(r)",
@@ -71,8 +72,8 @@ METHODS = {
 }
 """Every method in words."""
 
-OF_ADALORA = """Fields of `AdaLoraConfig`, for the methods `adalora`, `svd_lora`, `lora_pruned` and `peft_adalora`. A
-length is steps (`500`), a fraction of all steps (`0.1`) or epochs (`"2 epochs"`);
+OF_ADALORA = """Fields of `AdaLoraConfig`, for the methods `adalora`, `svd_lora`, `lora_pruned`, `lora_squeeze` and
+`peft_adalora`. A length is steps (`500`), a fraction of all steps (`0.1`) or epochs (`"2 epochs"`);
 [Choosing settings](choosing.md) says more."""
 
 OF_LORA = "Ranks that stay as they are: the methods `lora`, `rslora`, `dora`, `pissa` and `eva`."

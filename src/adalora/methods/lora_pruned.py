@@ -70,32 +70,10 @@ class LoraPruned(AdaLora):
                 f"adalora.importance: {section.importance} looks at singular values, which LoRA does not have: take"
                 " another for the method lora_pruned"
             )
-        assert section.init_r is not None and section.lora_alpha is not None  # filled in when it was validated
-        config = LoraConfig(
-            task_type=job.task_type,
-            r=section.init_r,
-            lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it
-            lora_dropout=section.lora_dropout,
-            use_rslora=section.use_rslora,
-            target_modules=section.target_modules,
-            exclude_modules=section.exclude_modules,
-            modules_to_save=[*(section.modules_to_save or ()), *head_modules(model)] or None,
-        )
-        adapted = with_adapter(model, config)
-        layers = dict(lora_layers(adapted_model(adapted), ADAPTER))
-        if experts := [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]:
-            raise RecipeError(
-                f"adalora.target_modules: {experts[0]} holds fused experts, the factors of all in one pair, which the"
-                " method lora_pruned cannot prune: name the modules beside them"
-            )
-        if embeddings := [name for name, layer in layers.items() if ADAPTER not in layer.lora_A]:
-            raise RecipeError(
-                f"adalora.target_modules: {embeddings[0]} is an embedding, whose LoRA the method lora_pruned cannot"
-                " prune: exclude it"
-            )
+        adapted, layers = stock_lora(model, job)
         settings = settings_of(section)
         costs = settings.costs_of([parameters_each(layer) for layer in layers.values()])
-        initial = section.init_r * sum(costs)
+        initial = next(iter(layers.values())).r[ADAPTER] * sum(costs)
         settings.check_budgets(initial, costs)
         schedule = settings.schedule(initial, sum(costs), job.total_steps, job.steps_per_epoch)
         pruner = Pruner(layers, settings, schedule)
@@ -111,6 +89,39 @@ class LoraPruned(AdaLora):
             header=pruner.header,
             ranks=pruner.ranks,
         )
+
+
+def stock_lora(model: PreTrainedModel, job: Job) -> tuple[PeftModel, dict[str, LoraLayer]]:
+    """PEFT's LoRA of rank ``init_r`` as the section ``adalora`` describes it, and its layers by name.
+
+    Raises:
+        RecipeError: layers whose factors do not lie in one pair of matrices.
+    """
+    section = job.recipe.adalora
+    assert section.init_r is not None and section.lora_alpha is not None  # filled in when it was validated
+    config = LoraConfig(
+        task_type=job.task_type,
+        r=section.init_r,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it
+        lora_dropout=section.lora_dropout,
+        use_rslora=section.use_rslora,
+        target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        modules_to_save=[*(section.modules_to_save or ()), *head_modules(model)] or None,
+    )
+    adapted = with_adapter(model, config)
+    layers = dict(lora_layers(adapted_model(adapted), ADAPTER))
+    if experts := [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]:
+        raise RecipeError(
+            f"adalora.target_modules: {experts[0]} holds fused experts, the factors of all in one pair, which the"
+            f" method {job.recipe.method} cannot prune: name the modules beside them"
+        )
+    if embeddings := [name for name, layer in layers.items() if ADAPTER not in layer.lora_A]:
+        raise RecipeError(
+            f"adalora.target_modules: {embeddings[0]} is an embedding, whose LoRA the method"
+            f" {job.recipe.method} cannot prune: exclude it"
+        )
+    return adapted, layers
 
 
 def plain(model: PeftModel, live: Mapping[str, Tensor]) -> PlainAdapter:
@@ -209,7 +220,7 @@ class Pruner:
     def _scored(self) -> Scoring:
         """Made when training begins, since by then the model is where it is trained."""
         if self._scoring is None:
-            stacks = Stacks([_as_triplets(name, *_weights(layer)) for name, layer in self.layers.items()])
+            stacks = Stacks([_as_triplets(name, *weights_of(layer)) for name, layer in self.layers.items()])
             self._scoring = Scoring.of(stacks, self.settings)
             self.mask = self.mask.to(stacks.device)
         return self._scoring
@@ -223,7 +234,7 @@ class Pruner:
         self.mask = mask
         self._kept = []
         for layer, live in zip(self.layers.values(), self.live.values(), strict=True):
-            a, b = _weights(layer)
+            a, b = weights_of(layer)
             flags = live.to(a.dtype)
             self._kept += [flags.view(-1, *[1] * (a.ndim - 1)), flags.view(-1, *[1] * (b.ndim - 2))]
 
@@ -231,7 +242,7 @@ class Pruner:
     def _hold(self) -> None:
         """Zeros in the place of every doublet that does not live."""
         if self._kept:
-            torch._foreach_mul_([weight for layer in self.layers.values() for weight in _weights(layer)], self._kept)
+            torch._foreach_mul_([weight for layer in self.layers.values() for weight in weights_of(layer)], self._kept)
 
     def _allocation(self, scores: Tensor) -> Allocation:
         stacks = self._scored().stacks
@@ -244,10 +255,10 @@ class Pruner:
 
 def parameters_each(layer: LoraLayer) -> int:
     """Parameters of one doublet."""
-    return int(sum(w.numel() for w in _weights(layer)) // layer.r[ADAPTER])
+    return int(sum(w.numel() for w in weights_of(layer)) // layer.r[ADAPTER])
 
 
-def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+def weights_of(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """A, [r, d_in], and B, [d_out, r], or the kernels of a convolution in their place."""
     a: Any = layer.lora_A[ADAPTER]
     b: Any = layer.lora_B[ADAPTER]
