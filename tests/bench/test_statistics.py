@@ -16,6 +16,8 @@ from adalora.bench.statistics import (
     SEED,
     Agreement,
     coverage,
+    hierarchical_interval,
+    overall,
     paired_difference,
     rank_agreement,
     summary,
@@ -150,3 +152,27 @@ def test_agreement_leaves_out_what_says_nothing() -> None:
     methods = [run(method="adalora", a=1, b=2), run(method="peft_adalora", a=1, b=2)]
     for records in (flat, none, elsewhere, methods, []):
         assert rank_agreement(records) == []
+
+
+def test_the_interval_over_tasks_and_seeds_is_of_both() -> None:
+    """Against the variance by hand: of K task means, and of the seeds within."""
+    draw = np.random.default_rng(1)
+    differences = [draw.normal(centre, 0.5, size=5) for centre in draw.normal(1, 1, size=12)]
+    low, high = hierarchical_interval(differences)
+    means = np.array([values.mean() for values in differences])
+    within = np.mean([values.var() / values.size for values in differences])
+    wide = 2 * 1.96 * math.sqrt((means.var() + within) / len(means))
+    assert low < means.mean() < high and high - low == pytest.approx(wide, rel=0.1)
+    assert hierarchical_interval(differences) == (low, high), "the same every time"
+    assert hierarchical_interval([np.array([2.0, 2.0])]) == (2, 2) and math.isnan(hierarchical_interval([])[0])
+
+
+def test_one_method_less_another_over_all_tasks() -> None:
+    """By hand; a rival without budgets stands at each of ours, and only seeds at all budgets of a task count."""
+    ours = {("a", 1): {1: 3.0, 2: 5.0}, ("a", 2): {1: 4.0, 2: 6.0, 3: 99.0}, ("b", 1): {1: 1.0, 2: 1.0}}
+    found = overall(ours, {("a", None): {1: 1.0, 2: 2.0, 3: 0.0}, ("b", 1): {1: 2.0, 2: 3.0}})
+    assert found is not None
+    mean, low, high, tasks, budgets = found
+    assert (mean, budgets) == (0.75, 2) and {task: one.mean for task, one in tasks.items()} == {"a": 3.0, "b": -1.5}
+    assert low <= -1.5 and high >= 3 and tasks["b"].high < 0
+    assert overall(ours, {("c", 1): {1: 1.0}}) is None

@@ -277,6 +277,18 @@ def test_the_page_says_with_which_versions_its_runs_were_made() -> None:
     assert as_json(mixed)["versions"] == {"torch": ["2.13.0", "2.6.0"]}
 
 
+def test_the_page_says_what_one_method_is_worth_over_all_tasks() -> None:
+    """By hand: 2 points on one task, 10 behind on the other at one budget as at the other; the mean is -4."""
+    records = full_records()
+    page = page_of(grid(), records)
+    assert line(page, "lora", "−4.00").endswith(" | 2 | 2 | 0 | 0, 0 |")  # the interval on the other reaches 0
+    told = as_json(results(grid(), records))["overall"][0]
+    assert (told["method"], told["rival"], told["tasks"]) == (
+        "adalora", "lora", {"mrpc": pytest.approx(2), "cola": pytest.approx(-10)}
+    )  # fmt: skip
+    assert as_json(results(grid(ours="lora"), records))["overall"][0]["rival"] == "adalora"
+
+
 def test_figures_of_another_model_are_said_to_be_of_another() -> None:
     page = page_of(grid(), full_records())
     assert line(page, "adalora", "1.27M", "accuracy", "90.69")
@@ -344,7 +356,7 @@ def test_latex_is_well_formed() -> None:
     bare = re.sub(r"\\[\\&%$#_{}]", "", source)
     assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0 and "%" not in bare and "#" not in bare
     tables = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", source, re.DOTALL)
-    assert len(tables) == 3 * 2 + 1  # mrpc and cola, each by seed and with the paper's figures; the averages
+    assert len(tables) == 3 * 2 + 2  # mrpc and cola, each by seed and with the paper's figures; two over both
     for columns, body in tables:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(lines) > 1

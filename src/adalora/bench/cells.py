@@ -8,6 +8,7 @@ result.
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from .. import tasks
 from ..files import write_json
-from ..recipe import RecipeError, differences, dump, validate
+from ..recipe import METHOD_SECTIONS, RecipeError, differences, dump, flat, validate
 from ..recipe_text import parse_yaml
 from ..runs import RunFolder
 from .collapse import is_collapsed
@@ -188,6 +189,16 @@ def check_asked(cell: Cell, folder: CellFolder) -> None:
         )
 
 
+def digest_of(cell: Cell) -> str:
+    """Of all that the grid asks of the cell: keys that do not reach the weights, and keys without a value, aside. The
+    same on every machine, as long as the grid names its data and models by the same words."""
+    recipe = cell.recipe
+    absent = {section for section in METHOD_SECTIONS if section not in recipe.model_fields_set}
+    asked = dict(flat(recipe.model_dump(exclude_none=True, exclude=absent, mode="json")))
+    told = {key: value for key, value in asked.items() if key not in _FREE_TO_CHANGE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def failed_otherwise(cell: Cell, output: Path) -> bool:
     """Whether the cell's folder says why another recipe failed than the grid asks for now: that is no result of it."""
     try:
@@ -237,6 +248,7 @@ def record_of(cell: Cell, output: Path) -> Record | None:
         folder=cell.folder,
         headline=kind.headline,
         lower_is_better=kind.headline in kind.lower_is_better,
+        recipe=digest_of(cell),
     )
     if found.state == "failed":
         return Record(**asdict(found) | {"failure": _read(folder.failure)["message"]})

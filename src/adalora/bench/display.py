@@ -49,6 +49,11 @@ class Display:
     ) -> None:
         self._bar.stop()
 
+    def outdated(self, file: str | None, count: int) -> None:
+        """Say how many records of the grid's file are of no use today."""
+        if count:
+            self._say(f"{count} records in {file} are of other recipes than the grid asks for now: they are run again")
+
     def started(self, running: Collection[Cell], workers: int) -> None:
         """Show which cells run now, of so many that could."""
         self._running, self._workers = running, workers

@@ -170,6 +170,15 @@ class Grid(_Keys):
     )
     seeds: Seeds = Field(Seeds.model_validate({}), description="Which seeds are for what.")
     reference: str | None = Field(None, description="Method that others are compared with. Default: lora, if there.")
+    records: str | None = Field(
+        None,
+        description="A JSON file with records of finished cells, committed perhaps on another machine: these cells are "
+        "not run again, and the file is brought up to date as cells finish.",
+    )
+    ours: str | None = Field(
+        None,
+        description="Method that the table over all tasks compares with each other one. Default: adalora, if there.",
+    )
     resources: Resources = Field(Resources.model_validate({}), description="What one cell may use.")
     _cells: dict[str, Cell] = PrivateAttr(default_factory=dict)  # a recipe takes a while to validate
 
@@ -179,6 +188,10 @@ class Grid(_Keys):
             self.reference = "lora"
         if self.reference is not None and self.reference not in self.methods:
             raise ValueError(f"reference should be one of the methods: {', '.join(self.methods)}")
+        if self.ours is None and "adalora" in self.methods:
+            self.ours = "adalora"
+        if self.ours is not None and self.ours not in self.methods:
+            raise ValueError(f"ours should be one of the methods: {', '.join(self.methods)}")
         return self
 
     @cached_property

@@ -40,6 +40,8 @@ def as_json(found: Results) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "tasks": {table.task: _table_as_json(table) for table in found.tables},
         "averages": [_table_as_json(table) for table in found.averages],
+        "overall": [one._asdict() for one in found.overall],
+        "steps_to_reference": [one._asdict() for one in found.speeds],
         "versions": found.versions,
         "rank_agreement": [agreement._asdict() for agreement in found.agreement],
     }

@@ -50,6 +50,8 @@ class Record:
     """What was done before the first step, in steps' worth of passes forward and backward."""
     curve: list[list[float | None]] = field(default_factory=list)
     """Pairs of a step and the headline metric there, on the same rows each time."""
+    recipe: str = ""
+    """Digest of what was asked for, by which a record on another machine is known to be of the same run."""
     parameters: dict[str, int] = field(default_factory=dict)
     """``adapter_start``, ``adapter_saved``, ``head``, ``trainable``."""
     ranks: dict[str, int] = field(default_factory=dict)

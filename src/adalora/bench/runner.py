@@ -6,8 +6,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from rich.console import Console
 
 from ..files import HeldError, holding
 from ..report.terminal import duration
-from .cells import CellFolder, Job, check_asked, clear, failed_otherwise, job_of, record_of, settle
+from .cells import CellFolder, Job, check_asked, clear, digest_of, failed_otherwise, job_of, record_of, settle
 from .choose import cells_known, lost_groups
 from .display import Display
 from .errors import BenchError
 from .grid import Cell, Grid, Group, read_grid
 from .pools import LocalPool, Pool
 from .records import Record, write_records
+from .store import read_store, write_store
 
 _POLL = 5.0  # seconds between two looks at what runs
 
@@ -54,22 +56,24 @@ def run_bench(
     grid = read_grid(path)
     with _alone_in(grid.folder):
         _check_folders(grid)
+        stored = _stored(grid)
         records: dict[str, Record] = {}
-        _take_in(grid, records, retry)
+        _take_in(grid, records, stored, retry)
         if _waiting(grid, records):
             pool = _pool(grid, workers, ray)
             with _ended_by_signals(), Display(grid, console or Console(), records) as display:
+                display.outdated(grid.records, _outdated(grid, stored))
                 try:
-                    _run_all(grid, pool, records, retry, display)
+                    _run_all(grid, pool, records, stored, retry, display)
                 finally:
                     pool.stop()
-        return _written(grid, records)
+        return _written(grid, records, stored)
 
 
 def collect(grid: Grid) -> Bench:
     """What the grid's folder holds, finished or not; writes nothing."""
     records: dict[str, Record] = {}
-    _take_in(grid, records, retry=False)
+    _take_in(grid, records, _stored(grid), retry=False)
     return Bench(grid, _in_order(grid, records), lost_groups(grid, records))
 
 
@@ -81,7 +85,9 @@ def _pool(grid: Grid, workers: int | None, ray: str | None) -> Pool:
     return RayPool(ray, workers, grid.resources)
 
 
-def _run_all(grid: Grid, pool: Pool, records: dict[str, Record], retry: bool, display: Display) -> None:
+def _run_all(
+    grid: Grid, pool: Pool, records: dict[str, Record], stored: Mapping[str, Record], retry: bool, display: Display
+) -> None:
     """Start cells while there is room, take in those that have ended; ``records`` gets an entry for each."""
     running: dict[str, Cell] = {}
     started: dict[str, float] = {}
@@ -101,8 +107,8 @@ def _run_all(grid: Grid, pool: Pool, records: dict[str, Record], retry: bool, di
             record = record_of(cell, grid.folder)
             assert record is not None  # settled
             records[key] = record
-            _take_in(grid, records, retry, running)
-            _written(grid, records)
+            _take_in(grid, records, stored, retry, running)
+            _written(grid, records, stored)
             display.finished(cell, record)
 
 
@@ -136,8 +142,26 @@ def _check_folders(grid: Grid) -> None:
         check_asked(cell, CellFolder(grid.folder / cell.folder))
 
 
-def _take_in(grid: Grid, records: dict[str, Record], retry: bool, running: Collection[str] = ()) -> None:
-    """Add the records of cells that need not be run, unless they are ``running``. Which cells there are depends on
+def _stored(grid: Grid) -> dict[str, Record]:
+    """The records of the grid's file, finished here or elsewhere."""
+    return {} if grid.records is None else read_store(Path(grid.records).expanduser())
+
+
+def _outdated(grid: Grid, stored: Mapping[str, Record]) -> int:
+    """How many of the file's records are of cells that the grid could ask for, but by another recipe."""
+    cells = grid.possible_cells(lambda folder: folder in stored)
+    return sum(stored[cell.folder].recipe != digest_of(cell) for cell in cells)
+
+
+def _take_in(
+    grid: Grid,
+    records: dict[str, Record],
+    stored: Mapping[str, Record],
+    retry: bool,
+    running: Collection[str] = (),
+) -> None:
+    """Add the records of cells that need not be run, unless they are ``running``: what a folder here says, or else
+    ``stored`` of the same recipe. Which cells there are depends on
     records: once a rate is chosen, its cells may have been run before."""
     looked_at = {*records, *running}
     while cells := [cell for cell in cells_known(grid, records) if cell.folder not in looked_at]:
@@ -145,6 +169,9 @@ def _take_in(grid: Grid, records: dict[str, Record], retry: bool, running: Colle
             looked_at.add(cell.folder)
             record = record_of(cell, grid.folder)
             if record is None:
+                found = stored.get(cell.folder)
+                if found and found.recipe == digest_of(cell) and (found.state == "done" or not retry):
+                    records[cell.folder] = replace(found, role=cell.role)
                 continue
             if record.state == "done" or not (retry or failed_otherwise(cell, grid.folder)):
                 records[cell.folder] = record
@@ -155,9 +182,11 @@ def _in_order(grid: Grid, records: dict[str, Record]) -> list[Record]:
     return [records[cell.folder] for cell in cells_known(grid, records) if cell.folder in records]
 
 
-def _written(grid: Grid, records: dict[str, Record]) -> Bench:
+def _written(grid: Grid, records: dict[str, Record], stored: Mapping[str, Record]) -> Bench:
     bench = Bench(grid, _in_order(grid, records), lost_groups(grid, records))
     write_records(grid.folder, bench.records)
+    if grid.records is not None:
+        write_store(grid, Path(grid.records).expanduser(), bench.records, stored)
     return bench
 
 

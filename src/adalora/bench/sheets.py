@@ -138,6 +138,45 @@ def sheets_of_all(found: Results) -> Iterator[Sheet]:
         yield _comparison(
             replace(found.averages[0], title="Average over tasks", rows=rows, words=words), found.reference
         )
+    if found.overall:
+        yield Sheet(
+            f"{found.overall[0].method} over all tasks",
+            "Points, the mean over tasks of the mean over budgets and seeds. The interval is resampled over tasks and, "
+            "in each, over seeds. Behind are tasks on which the whole interval over seeds is below 0. Collapsed are "
+            "its reported runs and the rival's.",
+            1,
+            ["less", "difference", f"{CONFIDENCE:.0%} interval", "tasks", "budgets", "behind", "collapsed"],
+            [
+                [
+                    one.rival,
+                    _number(one.mean, sign="+"),
+                    f"{_number(one.low, sign='+')} to {_number(one.high, sign='+')}",
+                    str(len(one.tasks)),
+                    str(one.budgets),
+                    f"{len(one.behind)}" + (f" ({', '.join(one.behind)})" if one.behind else ""),
+                    f"{one.collapsed}, {one.rival_collapsed}",
+                ]
+                for one in found.overall
+            ],
+        )
+    if found.speeds:
+        tasks = list(dict.fromkeys(task for one in found.speeds for task in one.tasks))
+        yield Sheet(
+            f"Steps until it reaches what {found.reference} has at the end",
+            f"As a share of {found.reference}'s steps, what was spent before the first step counted; from the mean "
+            "over seeds, to the next step at which runs were evaluated. Never: not within the training.",
+            2,
+            ["method", "budget", "median", *tasks],
+            [
+                [
+                    one.method,
+                    _budget(one.budget),
+                    _share(one.median),
+                    *(_share(one.tasks[task]) if task in one.tasks else _NONE for task in tasks),
+                ]
+                for one in found.speeds
+            ],
+        )
     if found.agreement:
         yield Sheet(
             "Do learned ranks agree?",
@@ -205,6 +244,10 @@ def _summary(table: Table, name: str, found: Summary | None) -> str:
         return _NONE
     points, digits = table.points.get(name, 1.0), _digits(table, name)
     return f"{_number(found.mean * points, digits)} ± {_number(found.deviation * points, digits)}"
+
+
+def _share(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.2f}"
 
 
 def _score(table: Table, score: float | None) -> str:

@@ -8,7 +8,7 @@ the output layer) cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from ..report.similarity import spearman
-from .records import Record
+from .records import Budget, Record
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -92,6 +92,68 @@ def difference_of(differences: np.ndarray) -> Difference:
     ).confidence_interval
     p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return Difference(mean, float(interval.low), float(interval.high), p_value, n)
+
+
+class Overall(NamedTuple):
+    """One method less another over all tasks, in points."""
+
+    method: str
+    rival: str
+    mean: float  # of tasks, each of which is the mean of its budgets and seeds
+    low: float  # the interval, resampled over tasks and, in each, over seeds
+    high: float
+    tasks: dict[str, float]  # the mean on each
+    budgets: int
+    behind: list[str]  # tasks on which the whole interval over seeds is below 0
+    collapsed: int  # reported runs, of the method and of the rival
+    rival_collapsed: int
+
+
+def hierarchical_interval(differences: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The percentile interval of the mean of task means, each task drawn with replacement, and of each drawn task its
+    seeds (Davison and Hinkley 1997, section 3.8). nan of no tasks.
+
+    Args:
+        differences: for each task a difference for each seed, [seeds].
+    """
+    if not differences:
+        return math.nan, math.nan
+    draw = np.random.default_rng(SEED)
+    chosen = draw.integers(len(differences), size=(RESAMPLES, len(differences)))
+    means = np.empty(chosen.shape)
+    for task, values in enumerate(differences):
+        places = np.nonzero(chosen == task)
+        means[places] = draw.choice(values, size=(len(places[0]), values.size)).mean(axis=1)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means.mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def overall(
+    ours: Mapping[tuple[str, Budget], Mapping[int, float]],
+    theirs: Mapping[tuple[str, Budget], Mapping[int, float]],
+) -> tuple[float, float, float, dict[str, Difference], int] | None:
+    """Mean, interval and tasks of ``ours`` less ``theirs``: scores in points by task and budget, then by seed. A rival
+    without budgets is compared with at each of ours. Seeds that both have at every budget of a task count; None where
+    there is no such task."""
+    by_task: dict[str, list[dict[int, float]]] = {}
+    budgets = set()
+    for (task, budget), scores in ours.items():
+        against = theirs.get((task, budget), theirs.get((task, None), {}))
+        common = {seed: scores[seed] - against[seed] for seed in scores.keys() & against.keys()}
+        if common:
+            by_task.setdefault(task, []).append(common)
+            budgets.add(budget)
+    found = {}
+    for task, of_budgets in by_task.items():
+        seeds = sorted(set.intersection(*map(set, of_budgets)))
+        if seeds:
+            found[task] = np.array([np.mean([of[seed] for of in of_budgets]) for seed in seeds])
+    if not found:
+        return None
+    low, high = hierarchical_interval(list(found.values()))
+    mean = float(np.mean([values.mean() for values in found.values()]))
+    return mean, low, high, {task: difference_of(values) for task, values in found.items()}, len(budgets)
 
 
 def coverage(n: int) -> float:

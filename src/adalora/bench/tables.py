@@ -17,7 +17,8 @@ from .choose import lost_groups
 from .grid import Grid, Group, budget_name
 from .published import Figure, figures
 from .records import Budget, Record
-from .statistics import Agreement, Difference, Summary, paired_difference, rank_agreement, summary
+from .speed import Speed, speeds
+from .statistics import Agreement, Difference, Overall, Summary, overall, paired_difference, rank_agreement, summary
 
 AVERAGE = "average"
 """Stands for a task in the groups of the average over tasks."""
@@ -91,6 +92,8 @@ class Results:
     tables: list[Table]
     averages: list[Table]  # one for each budget
     agreement: list[Agreement]
+    overall: list[Overall]  # one method less each other, over all tasks
+    speeds: list[Speed]
     versions: dict[str, list[str]]  # of each package, all that some run was run with
 
 
@@ -111,8 +114,37 @@ def results(grid: Grid, records: Sequence[Record]) -> Results:
         tables,
         [table for table in averages if table],
         rank_agreement(done),
+        _overall(tables, grid.ours),
+        speeds(records, grid.reference),
         {package: sorted(found) for package, found in versions.items()},
     )
+
+
+def _overall(tables: Sequence[Table], ours: str | None) -> list[Overall]:
+    """``ours`` less each other method, where they share two tasks or more. Tasks of which less is better have other
+    units, and are left out."""
+    scores: dict[str, dict[tuple[str, Budget], dict[int, float]]] = {}
+    collapsed: dict[str, int] = {}
+    for table in tables:
+        if table.headline in table.lower_is_better:
+            continue
+        for row in table.rows:
+            points = table.points.get(table.headline, 1.0)
+            found = {seed: score * points for seed, score in row.scores.items()}
+            scores.setdefault(row.group.method, {})[table.task, row.group.budget] = found
+            collapsed[row.group.method] = collapsed.get(row.group.method, 0) + len(row.collapsed)
+    rows = []
+    if ours is None or ours not in scores:
+        return []
+    for rival in scores:
+        compared = None if rival == ours else overall(scores[ours], scores[rival])
+        if compared is None or len(compared[3]) < 2:
+            continue
+        mean, low, high, by_task, budgets = compared
+        behind = [task for task, of_task in by_task.items() if of_task.high < 0]
+        means = {task: of_task.mean for task, of_task in by_task.items()}
+        rows.append(Overall(ours, rival, mean, low, high, means, budgets, behind, collapsed[ours], collapsed[rival]))
+    return rows
 
 
 def average(tables: Sequence[Table], budget: Budget, reference: str | None) -> Table | None:
