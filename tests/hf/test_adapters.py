@@ -118,6 +118,21 @@ def test_variants_of_lora(name: str, variant: dict[str, Any], tmp_path: Path) ->
     assert adalora.allocator(model).live == 2 * len(adalora.ranks(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT's, for its own lora_bias
+def test_a_trained_bias_of_b_comes_back_into_a_live_adapter() -> None:
+    """It is saved with the scale in it, like A."""
+    base = bert()
+    models = [adalora.get_peft_model(copy.deepcopy(base), config_for("bert", lora_bias=True)) for _ in range(2)]
+    with torch.no_grad():
+        for name, w in models[0].named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                w.normal_()
+    layer = next(m for m in models[0].modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    assert layer.scaling["default"] != 1
+    peft.set_peft_model_state_dict(models[1], peft.get_peft_model_state_dict(models[0]))
+    torch.testing.assert_close(logits(models[1], "SEQ_CLS"), logits(models[0], "SEQ_CLS"), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.compatibility("PEFT's own methods", "`peft.get_peft_model`")
 def test_stock_get_peft_model_gives_the_same_model() -> None:
     base = bert()

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import adalora
 from adalora import AdaLoraCallback, AdaLoraConfig, StateError
@@ -140,3 +142,29 @@ def test_last_checkpoint_skips_what_was_cut_short(tmp_path: Path) -> None:
     for step in (5, 10):
         adalora.save_state(make(), tmp_path / f"checkpoint-{step}")
     assert adalora.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_second_training_begins_the_schedule_anew(tmp_path: Path) -> None:
+    """The first was stopped while pruning went on."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
+    model = make(total_step=None)
+    with pytest.warns(UserWarning, match="before pruning did"):
+        trainer(model, tmp_path, callbacks=[AdaLoraCallback(), Stop()]).train()
+    trainer(model, tmp_path, callbacks=[AdaLoraCallback()]).train()
+    allocator = adalora.allocator(model)
+    assert allocator.step == 12 and allocator.live == 2 * len(allocator.triplets)
+    assert allocator.trace[0].step < 5
+
+
+def test_only_the_first_process_writes_a_checkpoint(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint-5"
+    directory.mkdir()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for first in (False, True):
+        state = TrainerState(global_step=5, is_world_process_zero=first)
+        AdaLoraCallback().on_save(arguments, state, TrainerControl(), model=make())
+        assert (directory / "adalora_state.safetensors").is_file() == first
