@@ -17,7 +17,6 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +79,20 @@ def ended(children: list[Child], seconds: float) -> list[int] | None:
 
 def kill(children: list[Child], number: signal.Signals) -> None:
     """Of two that train together, the other one may wait for ever where it does not hear of it."""
-    for child in children:
-        with suppress(ProcessLookupError):
-            os.kill(child, number)
+    for child in filter(runs, children):
+        os.kill(child, number)
     time.sleep(0.5 if number != signal.SIGKILL else 0)
-    for child in children:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(child, 0)
+    for child in filter(runs, children):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def runs(child: Child) -> bool:
+    """Whether it has not ended; one that was waited for is no child, and its number may be another process's."""
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
 
 
 def content(run: Path) -> dict[str, Any]:

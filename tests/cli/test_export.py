@@ -345,10 +345,18 @@ def transformer() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize(
     ("build", "component"),
     [
-        pytest.param(unet, "unet", marks=serving("`adalora export --format diffusers`: UNet")),
-        pytest.param(transformer, "transformer", marks=serving("`adalora export --format diffusers`: SD3 transformer")),
+        pytest.param(
+            build,
+            component,
+            marks=[
+                serving(f"`adalora export --format diffusers`: {name}"),
+                serving(f"Diffusers' own `save_lora_adapter` and `load_lora_adapter`: {name}"),
+            ],
+        )
+        for build, component, name in ((unet, "unet", "UNet"), (transformer, "transformer", "SD3 transformer"))
     ],
 )
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # of rank 0, which Diffusers does not wrap anyway
 def test_diffusers_loads_what_was_trained(adalora: Run, build: Any, component: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs Diffusers: pip install diffusers")
     base, inputs = build()
@@ -373,6 +381,12 @@ def test_diffusers_loads_what_was_trained(adalora: Run, build: Any, component: s
         torch.testing.assert_close(fresh(*inputs).sample, expected, rtol=0, atol=TOLERANCE)
         assert (base(*inputs).sample - expected).abs().max() > 100 * TOLERANCE
     assert {layer.scaling["default_0"] for layer in fresh.modules() if hasattr(layer, "scaling")} == {1.0}
+
+    model.save_lora_adapter("own", weight_name="pytorch_lora_weights.safetensors")
+    again = copy.deepcopy(base)
+    again.load_lora_adapter("own", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs).sample, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_the_part_of_a_pipeline_may_have_to_be_named(adalora: Run, tmp_path: Path) -> None:
