@@ -172,7 +172,13 @@ class AdaLoraSection(_Section):
         "score", description="What triplets are ranked by: their score, or that over their number of parameters."
     )
     schedule: str = Field("cubic", description="How the budget falls: cubic, linear or constant.")
-    initialization: str = Field("orthonormal", description="P and Q at the start: orthonormal or gaussian.")
+    initialization: str = Field(
+        "orthonormal",
+        description="P and Q at the start: orthonormal, gaussian, or gradient (the largest singular triplets of the "
+        "loss's gradient on a few training batches).",
+    )
+    start_batches: int = Field(BATCHES, ge=1, description="Training batches that the gradient start looks at.")
+    start_sweeps: int = Field(SWEEPS, ge=2, multiple_of=2, description="How often it goes through them; even.")
     singular_gain: float | Literal["auto"] = Field(
         "auto", description="Gain on the singular values; 1.0 is the paper's."
     )

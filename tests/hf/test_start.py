@@ -235,6 +235,17 @@ def test_everything_else_is_left_as_it_was(checkpointing: bool, fails: str | Non
     assert_same(everything(model), before)
 
 
+def test_an_optimizer_that_steps_within_the_backward_pass_does_not() -> None:
+    model = adapted(bert(), task_type="SEQ_CLS")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(lambda g: pytest.fail("a hook on a parameter was called"))
+            p.register_post_accumulate_grad_hook(lambda p: pytest.fail("an optimizer stepped"))
+    adalora.start(model, batches_of("SEQ_CLS"))
+    with pytest.raises(pytest.fail.Exception):
+        default_loss(model, batch("SEQ_CLS")).backward()
+
+
 def test_a_shuffled_loader_gives_the_training_the_order_that_it_would_have_had() -> None:
     def orders(begin: bool, generator: torch.Generator | None) -> list[list[int]]:
         torch.manual_seed(3)

@@ -153,17 +153,16 @@ class Look(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, sketch: Sketch | None = None, x: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, sketch: Sketch, x: Tensor) -> Tensor:
         """``anchor``: a number that requires a gradient, so that ``y`` does where nothing before it is trained."""
         ctx.sketch = sketch
-        if x is not None:
-            ctx.save_for_backward(x)
+        ctx.save_for_backward(x)
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        if ctx.sketch is not None:
-            ctx.sketch.add(*ctx.saved_tensors, g)
+        (x,) = ctx.saved_tensors
+        ctx.sketch.add(x, g)
         return g, None, None, None
 
 

@@ -1,7 +1,7 @@
 """The gradient start: P and Q from the loss's gradient on a few training batches (see :mod:`adalora.core.start`).
 
 Nothing of the model is touched while it is looked at: hooks on the adapted layers hand their outputs on, unchanged, and
-see the gradients come back. Parameters stand still, so no ``.grad`` is made.
+see the gradients come back. Parameters stand still, and their ``.grad`` is afterwards what it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from transformers import Trainer, TrainerCallback
 
 from ..core.errors import ConfigError, StateError
-from ..core.sharded import is_sharded, like, whole
+from ..core.sharded import like, whole
 from ..core.start import SWEEPS, Directions, Look, Sketch, find_directions, over_processes
 from .adapters import allocator
 from .kernels import NOT_LINEAR
@@ -96,7 +96,7 @@ def look_at_gradient(
             count, rows = count + 1, rows + _rows(batch)
         return count
 
-    with _standing_still(model, anchor), _hooks(layers, sketches, anchor), torch.enable_grad():
+    with _standing_still(model), _hooks(layers, sketches, anchor), torch.enable_grad():
         found = find_directions(list(sketches.values()), look, sweeps)
     directions = {name: part for name, part in zip(sketches, found, strict=True) if part is not None}
     if not directions:
@@ -288,12 +288,13 @@ def _hooks(layers: Mapping[str, LoraLayer], sketches: Mapping[str, Sketch], anch
 
 
 @contextmanager
-def _standing_still(model: nn.Module, anchor: Tensor) -> Iterator[None]:
-    """Without dropout, and without gradients of parameters. Modes, gradients, random states come back as they were."""
+def _standing_still(model: nn.Module) -> Iterator[None]:
+    """Without dropout. Modes, gradients, random states come back as they were.
+
+    What requires a gradient stays so: checkpointing and FSDP rely on it, and PEFT turns it on again whenever an adapter
+    has been disabled for a while, as DPO does.
+    """
     parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    gradients = [parameter.grad for parameter in trained]
-    sharded = any(map(is_sharded, parameters))  # FSDP learns at its first pass what is trained
     with ExitStack() as stack:
         stack.enter_context(_random_states(parameters))
         if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or any(
@@ -311,26 +312,14 @@ def _standing_still(model: nn.Module, anchor: Tensor) -> Iterator[None]:
                     setattr(place, key, 0.0)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers that hold them
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            stack.callback(setattr, parameter, "grad", gradient)
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-        if not sharded:
-            # reentrant checkpointing needs an input that requires a gradient, which a trained embedding had given it
-            for module in model.modules():
-                if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-                    stack.callback(module.register_forward_hook(_requiring_gradient(anchor)).remove)
-            for parameter in trained:
-                stack.callback(parameter.requires_grad_, True)
-                parameter.requires_grad_(False)
+            for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):  # an optimizer's, maybe
+                if hooks:
+                    stack.callback(hooks.update, dict(hooks))
+                    hooks.clear()
         yield
-
-
-def _requiring_gradient(anchor: Tensor) -> Callable[..., Any]:
-    def after(_: nn.Module, args: Any, y: Any) -> Any:
-        wanted = isinstance(y, Tensor) and y.is_floating_point() and not y.requires_grad and torch.is_grad_enabled()
-        return Look.apply(y, anchor.to(y.device)) if wanted else y  # type: ignore[no-untyped-call]
-
-    return after
 
 
 @contextmanager
