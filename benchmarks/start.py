@@ -7,7 +7,8 @@ and Q hold, for the worst matrix and on average. `data` is the share of the trut
 found in fewer batches hold: how much the batches say about the training set. `start` is `adalora.start` itself, at its
 defaults, on the model. Times and live bytes are of its passes and of training steps, in turns, in one process.
 
-    python benchmarks/start.py minilm-sst2 minilm-stsb smollm2-e2e --output runs/start.json
+    python benchmarks/start.py minilm-sst2 minilm-stsb --output runs/start.json
+    python benchmarks/start.py smollm2-e2e --matrices 15 --rows 4 --reference 16 --output runs/start.json
 """
 
 from __future__ import annotations
@@ -45,12 +46,11 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RANK = 3
-ROWS = 16
 
 
-def prepared(task: str, folder: str) -> Prepared:
+def prepared(task: str, folder: str, rows: int) -> Prepared:
     raw = {**TASKS[task], "output": folder, "adalora": {"target_r": 2, "init_r": RANK}}
-    raw["training"] = {"per_device_train_batch_size": ROWS, "max_steps": 1000, "eval_strategy": "no"}
+    raw["training"] = {"per_device_train_batch_size": rows, "max_steps": 1000, "eval_strategy": "no"}
     return prepare(validate(raw, task))
 
 
@@ -93,9 +93,9 @@ def summary(shares: Sequence[float]) -> dict[str, float]:
     return {"worst": round(min(shares), 4), "mean": round(statistics.mean(shares), 4)}
 
 
-def measure(task: str, matrices: int | None, reference: int) -> dict[str, Any]:
+def measure(task: str, matrices: int | None, reference: int, rows_each: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(task, folder)
+        run = prepared(task, folder, rows_each)
         batches = list(itertools.islice(_batches(run), reference))
     model = run.model
     every = dict(adapted_layers(model, "default"))
@@ -185,7 +185,7 @@ def cost(model: nn.Module, batches: Sequence[Any]) -> dict[str, Any]:
 
 def _batches(run: Prepared) -> Any:
     collate = run.task.collator(run.tokenizer, run.model)
-    for rows in run.train.shuffle(seed=0).iter(ROWS):
+    for rows in run.train.shuffle(seed=0).iter(run.arguments.train_batch_size):
         yield collate([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
 
 
@@ -193,13 +193,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", choices=sorted(TASKS))
     parser.add_argument("--matrices", type=int, help="so many of the adapted matrices, spread over the model")
+    parser.add_argument("--rows", type=int, default=16, help="in a batch")
     parser.add_argument("--reference", type=int, default=64, help="batches that stand for the training set")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     for task in arguments.tasks:
         torch.manual_seed(0)
-        results[task] = measure(task, arguments.matrices, arguments.reference)
+        results[task] = measure(task, arguments.matrices, arguments.reference, arguments.rows)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, results)
 

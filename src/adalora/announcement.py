@@ -93,6 +93,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
             "head": prepared.head_parameters,
             "frozen": prepared.frozen_parameters,
         },
+        "start": prepared.start,
         "steps": prepared.total_steps,
         "resumed_from_step": prepared.resumed_step,
         "phases": [] if schedule is None else [phase._asdict() for phase in phases(schedule, _done(prepared))],
@@ -119,6 +120,7 @@ def announce(out: Console, prepared: Prepared) -> None:
         if prepared.frozen_parameters
         else f"{recipe.model}, of which every parameter is trained",
         "Method": _method(prepared),
+        "Start": _start(facts["start"]),
         "Trained": _sizes(facts),
         "Steps": f"{prepared.total_steps:,} of {prepared.rows_per_step} rows each, "
         f"learning rate {recipe.training.learning_rate}, seed {recipe.seed}",
@@ -165,6 +167,17 @@ def _method(prepared: Prepared) -> str:
     end = f"{schedule.target_budget / sum(_costs(prepared)):.3g}"
     end = f"{end} on average" if schedule.unit == "triplets" else f"the parameters of rank {end}"
     return f"{method} on {len(ranks)} matrices, {spread} each at first, {end} at the end"
+
+
+def _start(start: Mapping[str, Any] | None) -> str:
+    """What is looked at before the first step."""
+    if start is None:
+        return ""
+    verb = "start" if " " in start["what"] else "starts"
+    return (
+        f"{start['what']} {verb} from the loss's gradient on {start['rows']:,} training rows,"
+        f" {start['sweeps']} times over: as long as {start['start_steps']:g} steps"
+    )
 
 
 def _sizes(facts: Mapping[str, Any]) -> str:

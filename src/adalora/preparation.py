@@ -121,6 +121,18 @@ class Prepared:
         return Course(_USUAL_RATE.get(self.recipe.method, 1e-3), steps, total, min(seen, rows - measured), measured)
 
     @property
+    def start(self) -> dict[str, Any] | None:
+        """What is looked at before the first step, on how many training rows, and how many optimizer steps have as many
+        forward and backward passes. None where nothing is."""
+        start, arguments = self.adapted.start, self.arguments
+        if start is None:
+            return None
+        rows = min(start.batches * arguments.train_batch_size * arguments.world_size, len(self.train))
+        batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+        steps = start.sweeps * batches / arguments.gradient_accumulation_steps
+        return {"what": start.what, "rows": rows, "sweeps": start.sweeps, "start_steps": steps}
+
+    @property
     def resumed_step(self) -> int | None:
         """The step of the checkpoint to resume from."""
         return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else None

@@ -177,8 +177,8 @@ class AdaLoraSection(_Section):
         description="P and Q at the start: orthonormal, gaussian, or gradient (the largest singular triplets of the "
         "loss's gradient on a few training batches).",
     )
-    start_batches: int = Field(BATCHES, ge=1, description="Training batches that the gradient start looks at.")
-    start_sweeps: int = Field(SWEEPS, ge=2, multiple_of=2, description="How often it goes through them; even.")
+    start_batches: int = Field(8, ge=1, description="Training batches that the gradient start looks at.")
+    start_sweeps: int = Field(4, ge=2, multiple_of=2, description="How often it goes through them; even.")
     singular_gain: float | Literal["auto"] = Field(
         "auto", description="Gain on the singular values; 1.0 is the paper's."
     )

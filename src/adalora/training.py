@@ -108,6 +108,7 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
         "log": trainer.state.log_history,
         "training_loss": trainer.training_loss,
         "steps": trainer.state.global_step,
+        "start_steps": prepared.start["start_steps"] if prepared.start else 0,
         "seconds": round(seconds_before + outcome.metrics["train_runtime"], 1),
         "memory": peak_memory(),
     }

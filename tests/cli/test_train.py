@@ -78,6 +78,30 @@ def test_a_run_from_training_to_answers(adalora: Run, tiny_run: list[object], fi
     assert len(adalora("predict", "run", "--file", files / "test.csv", "--json").out.splitlines()) == 40
 
 
+def test_a_run_that_starts_from_the_gradient(adalora: Run, tiny_run: list[object]) -> None:
+    """Plan, trace, metrics and report say so; an accumulated batch is part of a step."""
+    gradient = ["adalora.initialization=gradient", "adalora.start_batches=4", "training.gradient_accumulation_steps=2"]
+    flags = [*tiny_run, *(word for setting in gradient for word in ("--set", setting))]
+    plan = adalora("plan", *flags, "--json")
+    assert json.loads(plan.out)["start"] == {"what": "P and Q", "rows": 32, "sweeps": 4, "start_steps": 8}
+    done = adalora("train", *flags)
+    assert done.code == 0, done.err
+    said = "P and Q start from the loss's gradient on 32 training rows, 4 times over: as long as 8 steps"
+    assert said in " ".join(done.out.split())
+    header = json.loads(Path("run/trace.jsonl").read_text().splitlines()[0])
+    start = header["start"]
+    assert (start["rows"], start["batches"], start["sweeps"]) == (32, 4, 4) and 0.5 < start["share"] <= 1
+    assert start["values"].keys() == set(header["names"])
+    assert json.loads(Path("run/metrics.json").read_text())["start_steps"] == 8
+    said = f"on 32 rows, of whose square the triplets hold {start['share']:.0%}"
+    assert said in Path("run/report.html").read_text()
+    fixed = adalora("plan", *flags, "--method", "svd_lora")
+    assert "P and Q start from the loss's gradient on 32 training rows" in " ".join(fixed.out.split())
+    for method in ("lora_pruned", "peft_adalora"):
+        refused = adalora("plan", *flags[:-6], "--set", "adalora.initialization=gradient", "--method", method)
+        assert refused.code == 2 and f"adalora.initialization: the method {method} has no such choice" in refused.err
+
+
 def test_other_rows_are_measured_whole_and_a_file_has_no_splits(
     adalora: Run, tiny_run: list[object], files: Path
 ) -> None:

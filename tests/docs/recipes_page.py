@@ -63,6 +63,7 @@ METHODS = {
     "rslora": "LoRA at the scale alpha / sqrt(r)",
     "dora": "LoRA with a trained norm for each output",
     "pissa": "LoRA that starts from the largest singular triplets of the weights",
+    "lora_gradient": "LoRA whose A starts from the right singular vectors of the loss's gradient, B = 0",
     "eva": "LoRA that starts from the main directions of the inputs, which also spread the ranks",
     "houlsby": "bottleneck adapters, two a layer",
     "pfeiffer": "bottleneck adapters, one a layer",

@@ -105,7 +105,7 @@ def seq2seq(initialization: str, callbacks: list[Any], output: Path) -> Trainer:
     return Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(output_dir=str(output), label_smoothing_factor=0.1, **ARGUMENTS),
-        train_dataset=Pairs(), data_collator=DataCollatorForSeq2Seq(tokenizer(), model.get_base_model(), pad_to_multiple_of=4),
+        train_dataset=Pairs(), data_collator=DataCollatorForSeq2Seq(tokenizer(), model.get_base_model()),
         callbacks=callbacks,
     )  # fmt: skip
 

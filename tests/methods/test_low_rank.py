@@ -29,7 +29,7 @@ from adalora.recipe import RecipeError
 
 from .jobs import POOLER, adapt, job_for, outputs, recipe_for, rows, tiny_bert, trainer_for
 
-VARIANTS = ["dora", "eva", "lora", "pissa", "rslora"]
+VARIANTS = ["dora", "eva", "lora", "lora_gradient", "pissa", "rslora"]
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -134,6 +134,26 @@ def test_eva_starts_from_the_main_directions_of_a_matrix_inputs(tmp_path: Path) 
     assert not query.lora_B["default"].weight.any()
     ranks = adapted.ranks()
     assert sum(ranks.values()) == 4 * 12 and len(set(ranks.values())) > 1 and max(ranks.values()) <= 8
+
+
+def test_the_gradient_start_is_the_right_singular_vectors_of_the_loss(tmp_path: Path) -> None:
+    """Of the mean loss of the batches it looked at, in evaluation mode; B = 0 and rows of length 1."""
+    recipe = recipe_for("lora_gradient", lora={"r": 3})
+    _, adapted = adapt("lora_gradient", tmp_path, recipe)
+    assert adapted.start is not None and (adapted.start.batches, adapted.start.sweeps) == (8, 4)
+    model = adapted.model.eval()
+    found = layers(model)
+    for layer in found:
+        layer.get_base_layer().weight.requires_grad_(True)
+    batches = list(job_for(recipe, tmp_path).batches())  # four, of eight that it would look at
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    for layer in found:
+        a, g = layer.lora_A["default"].weight.detach(), layer.get_base_layer().weight.grad
+        assert not layer.lora_B["default"].weight.any()
+        torch.testing.assert_close(a @ a.T, torch.eye(3), rtol=0, atol=1e-5)
+        held = float((g @ a.T).square().sum() / torch.linalg.svdvals(g)[:3].square().sum())
+        assert 0.97 < held <= 1 + 1e-5
 
 
 def test_eva_reads_real_tokens_alone() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import AdaLoraCallback, AdaLoraConfig, allocator, export_lora, get_peft_model, ranks
 from ..core.schedule import rounded_up
 from ..recipe import AdaLoraSection, Recipe, RecipeError
-from .base import Adapted, Job, Precision, Section, head_modules, register
+from .base import Adapted, Job, Precision, Section, Start, head_modules, register
 from .budgeted import scale_of
 from .precision import load_adapter, whole_in_float32
 from .sizes import rank_for, triplet_parameters
@@ -43,7 +43,8 @@ class AdaLora:
 
     def adapt(self, model: PreTrainedModel, job: Job) -> Adapted:
         """P, Λ, Q on every target; an allocator that hooks into the optimizer."""
-        adapted = get_peft_model(model, self.config(model, job))
+        config = self.config(model, job)
+        adapted = get_peft_model(model, config)
         whole_in_float32(adapted)
         ours = allocator(adapted)
         with warnings.catch_warnings():
@@ -60,6 +61,7 @@ class AdaLora:
             schedule=ours.describe(),
             header=ours.header,
             ranks=lambda: ranks(adapted),
+            start=Start("P and Q", config.start_batches, config.start_sweeps) if ours.awaits_start else None,
         )
 
     def config(self, model: PreTrainedModel, job: Job) -> AdaLoraConfig:

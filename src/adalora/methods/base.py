@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,14 @@ class Job:
     trace: Path  # where a method that moves its budget writes what it did
 
 
+class Start(NamedTuple):
+    """Forward and backward passes before the first step."""
+
+    what: str  # starts from the gradient: "P and Q"
+    batches: int
+    sweeps: int  # over each of them
+
+
 @dataclass(frozen=True)
 class Adapted:
     """A model that a method has made trainable."""
@@ -52,6 +60,8 @@ class Adapted:
     method looks at data first."""
     ranks: Callable[[], dict[str, int]] = field(default=dict)
     """Rank of each adapted matrix now, by the name of its module in the base model. Empty without ranks."""
+    start: Start | None = None
+    """What it looks at before the first step, where it costs forward and backward passes."""
 
 
 class Method(Protocol):

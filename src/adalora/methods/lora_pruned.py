@@ -46,6 +46,8 @@ HERE: dict[str, object] = {
     "orth_reg_weight": 0.0,
     "orthogonality": "squared",
     "initialization": "orthonormal",
+    "start_batches": 0,
+    "start_sweeps": 0,
     "singular_gain": 1.0,
     "vector_norm": 1.0,
     "sensitivity_at": "before_step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.start import BATCHES, SWEEPS
 from ..hf.layers import adapted_model, lora_layers
+from ..hf.start import look_at_gradient
 from ..recipe import Recipe, RecipeError
-from .base import Adapted, Job, Precision, Section, head_modules, register
+from .base import Adapted, Job, Precision, Section, Start, head_modules, register
 from .precision import load_adapter
 from .saving import adapter_of, save_adapter
 from .sizes import rank_for, with_adapter
@@ -29,6 +32,7 @@ EVA_STEPS = 400  # until the directions must have settled; a few dozen are usual
 @register("dora", {"use_dora": True})  # Liu et al. 2024, arXiv 2402.09353: a trained norm for each output
 @register("pissa", {"init_lora_weights": "pissa"})  # Meng et al. 2024, arXiv 2404.02948
 @register("eva", {"init_lora_weights": "eva", "eva_config": EvaConfig()})  # Paischer et al. 2024, arXiv 2410.07170
+@register("lora_gradient", {"init_lora_weights": "gradient"})  # decision 016
 class LowRank:
     """An update B A of fixed rank beside each matrix, saved as the LoRA adapter that PEFT writes.
 
@@ -38,6 +42,9 @@ class LowRank:
     ``eva`` starts A from the main directions of each matrix's inputs on training batches, and gives more rank to
     matrices whose inputs those directions explain better, up to twice ``lora.r`` (PEFT's defaults). The sum of the
     ranks stays; the number of parameters moves a little, as matrices are not all of one size.
+
+    ``lora_gradient`` starts A from the right singular vectors of the loss's gradient, as unit rows, with B = 0: what
+    AdaLoRA's gradient start is for LoRA.
     """
 
     section: ClassVar[Section | None] = "lora"
@@ -72,6 +79,8 @@ class LowRank:
         settings = job.recipe.lora.model_dump() | self._settings
         settings["modules_to_save"] = [*head_modules(model), *(settings["modules_to_save"] or [])] or None
         initial = self._settings.get("init_lora_weights")
+        if initial == "gradient":  # ours, not PEFT's
+            settings["init_lora_weights"] = True
         config = LoraConfig(task_type=job.task_type, **settings)
         adapted = with_adapter(model, config, low_cpu_mem_usage=initial == "eva")  # EVA makes the weights anew
         names = list(_ranks(adapted))
@@ -79,11 +88,14 @@ class LowRank:
             _check_directions(adapted, job.recipe, 2 if initial == "eva" else 1)
         if initial == "eva":
             _start_from_data(adapted, job)
+        if initial == "gradient":
+            _start_from_gradient(adapted, job)
         start = {k: v.clone() for k, v in adapter_of(adapted)[1].items()} if initial == "pissa" else None
         return Adapted(
             adapted,
             partial(_save, adapted, start),
             ranks=lambda: dict.fromkeys(names, 0) | _ranks(adapted),
+            start=Start("A", BATCHES, SWEEPS) if initial == "gradient" else None,
         )
 
     def load(self, model: PreTrainedModel, recipe: Recipe, folder: Path) -> nn.Module:
@@ -120,6 +132,27 @@ def _save(model: PeftModel, start: Mapping[str, Tensor] | None, folder: Path) ->
                 tensors[name] = torch.cat([value, -start[name].to(value)], dim=1)
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     save_adapter(config, tensors, folder)
+
+
+# --- from the gradient ------------------------------------------------------------------------------
+
+
+def _start_from_gradient(model: PeftModel, job: Job) -> None:
+    """A ← the right singular vectors of ∂L/∂W0, with B = 0 as it was."""
+    adapter = model.active_adapter
+    layers = dict(lora_layers(adapted_model(model), adapter))
+    batches = [dict(batch) for batch in itertools.islice(job.batches(), BATCHES)]
+    seen = look_at_gradient(model, layers, adapter, _ranks(model), batches)
+    for name, found in seen.directions.items():
+        a: Any = layers[name].lora_A[adapter].weight
+        with torch.no_grad():
+            a[: len(found.right)].copy_(found.right.view(-1, *a.shape[1:]))
+    if seen.without:
+        warnings.warn(
+            f"{len(seen.without)} matrices have no gradient on the {seen.rows} rows looked at, so their A starts at"
+            f" random: {', '.join(seen.without[:5])}.",
+            stacklevel=2,
+        )
 
 
 # --- EVA --------------------------------------------------------------------------------------------

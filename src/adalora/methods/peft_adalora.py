@@ -49,6 +49,8 @@ PEFTS: dict[str, object] = {
     "schedule": "cubic",
     "orthogonality": "frobenius",
     "initialization": "gaussian",
+    "start_batches": 0,
+    "start_sweeps": 0,
     "singular_gain": 1.0,
     "vector_norm": 1.0,
     "sensitivity_at": "after_step",

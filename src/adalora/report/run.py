@@ -47,6 +47,8 @@ class Trace:
     rank_by: str
     """``score``, or ``score_per_parameter``: then the scores are so, too."""
     allocations: list[Allocation]
+    start: dict[str, Any] | None = None
+    """What P and Q were found from: ``rows``, ``batches``, ``sweeps``, ``share`` of ‖G‖² held, singular ``values``."""
 
     @property
     def initial(self) -> dict[str, int]:
@@ -157,6 +159,7 @@ def read_trace(path: Path) -> Trace:
             unit=start.get("budget_unit", "triplets"),
             rank_by=start.get("rank_by", "score"),
             allocations=[Allocation(**{key: line[key] for key in line if key != "type"}) for line in lines],
+            start=start.get("start"),
         )
     except (StopIteration, KeyError, TypeError) as error:
         raise RunError(f"{path} is not a trace of this version of adalora: train the run again") from error

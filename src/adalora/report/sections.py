@@ -109,6 +109,12 @@ def _ranks(run: Run) -> Section:
         lead = f"{method} moves no budget while it trains: these are its ranks from beginning to end."
         return Section("ranks", "Ranks", text(lead), [rank_figure(run)])
     lead = f"One budget for {len(run.trace.names)} matrices, {run.trace.average}; training decided who needs more."
+    start = run.trace.start
+    if start:
+        lead += (
+            f" P and Q started from the loss's gradient on {number(start['rows'])} rows, of whose square the triplets"
+            f" hold {start['share']:.0%}."
+        )
     return Section("ranks", "Where the budget went", lead, [rank_figure(run)])
 
 
