@@ -109,6 +109,11 @@ class Prepared:
         arguments = self.arguments
         return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
 
+    def batches(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Training batches in an order of their own, which training does not follow."""
+        collate = self.task.collator(self.tokenizer, self.model)
+        return _batches(self.train, collate, self.arguments.train_batch_size, self.recipe.seed)
+
     @property
     def search(self) -> Course | None:
         """The search for a learning rate that comes first; its trials cost about a quarter of the training."""

@@ -43,6 +43,7 @@ _COMMANDS: list[tuple[Callable[..., Any], list[str]]] = [
         ["adalora tune recipes/stsb.yaml", "adalora tune --train train.csv --holdout 0.1 --method lora -o runs/mine"],
     ),
     (train.plan, ["adalora plan recipes/stsb.yaml --set adalora.target_r=2"]),
+    (train.scan, ["adalora scan recipes/stsb.yaml --run runs/stsb", "adalora scan --head-steps 50 --png before.png"]),
     (use.evaluate, ["adalora evaluate runs/stsb", "adalora evaluate runs/stsb --data other.csv --json"]),
     (
         use.predict,

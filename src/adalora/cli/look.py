@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from ..quiet import quieten
-from .options import AsJson
-
-Picture = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Save a picture.", show_default=False)]
+from .options import AsJson, Picture
 
 
 def inspect(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines; words go to stderr.")]
+Picture = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Save a picture.", show_default=False)]

@@ -1,4 +1,4 @@
-"""``adalora train | tune | plan``."""
+"""``adalora train | tune | plan | scan``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from .. import processes
 from ..quiet import quieten
 from .asked import Asked, takes_recipe
-from .options import AsJson
+from .options import AsJson, Picture
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +104,51 @@ def _mode(overwrite: bool, resume: bool) -> Mode:
     if overwrite and resume:
         raise typer.BadParameter("--overwrite and --resume exclude each other: replace the run, or continue it")
     return "overwrite" if overwrite else "resume" if resume else "new"
+
+
+@takes_recipe
+def scan(
+    asked: Asked,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="A run whose learned ranks to compare with.", show_default=False),
+    ] = None,
+    head_steps: Annotated[
+        int, typer.Option(min=0, metavar="N", help="First train a new output layer alone, N steps.")
+    ] = 0,
+    picture: Picture = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Save a page, for any browser.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where parameters would help, before training: a rank map by the gradient.
+
+    It looks at the loss's gradient on a few training batches, finds the largest singular values of every matrix,
+    and spends the budget on the largest of all. No more than a hint: what it predicts is in decision 016.
+    """
+    quieten()
+    from ..files import to_json
+    from ..preparation import prepare
+    from ..report import scanned
+    from ..report.run import read_run
+    from ..report.terminal import console
+    from ..scanning import scan as look
+
+    learned = None if run is None else read_run(run)
+    values = {**asked.values, "adalora.initialization": "gradient", "method": "adalora"}
+    found = look(prepare(asked._replace(values=values).recipe(), "overwrite"), head_steps)
+    if picture is not None:
+        scanned.draw_scan(found, picture)
+        typer.echo(f"Picture: {picture}", err=True)
+    if page is not None:
+        scanned.write_scan(found, learned, page)
+        typer.echo(f"Page: {page}", err=True)
+    if as_json:
+        typer.echo(to_json(scanned.as_json(found, learned), indent=2))
+    else:
+        scanned.print_scan(console(), found, learned)
 
 
 def _train(recipe: Recipe, mode: Mode, as_json: bool) -> None:

@@ -49,6 +49,23 @@ def rank_figure(run: Run) -> Figure:
     )
 
 
+def map_figure(ranks: dict[str, int], key: str, title: str) -> Figure:
+    """The heat map of ranks that stand still."""
+    grid = cells(ranks)
+    places: Json = {"cells": _places(grid, list(ranks)), "ranks": [list(ranks.values())]}
+    return Figure(
+        key=key,
+        title=title,
+        summary=_ranks_in_words(grid, ranks),
+        data=[_heat(grid, max(*ranks.values(), 1), "rank")],
+        layout=_map_layout(grid),
+        columns=[Column("module", list(ranks)), Column("rank", list(ranks.values()))],
+        least_width=_least_width(grid),
+        note=_experts_in_words(grid),
+        extra={"map": places | {"kinds": grid.kinds, "layers": [column.name for column in grid.columns]}},
+    )
+
+
 def returns_figure(trace: Trace) -> Figure | None:
     """Of each matrix, how many times one of its triplets came back; None when none ever did."""
     counts = [sum(of_matrix) for of_matrix in zip(*(a.returned for a in trace.allocations), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,12 @@ _INK, _PAPER, _ABSENT = "#111111", "#ffffff", "#e4e4e4"
 
 def draw_ranks(trace: Trace, path: Path, title: str) -> None:
     """Save the heat map of the final ranks, modules by layers, as PNG at ``path``, whole or not at all."""
-    figure = rank_figure(arrange(trace.final), max(trace.initial.values()), f"{title}\n{trace.target}")
+    draw_map(trace.final, max(trace.initial.values()), path, f"{title}\n{trace.target}")
+
+
+def draw_map(ranks: Mapping[str, int], highest: int, path: Path, title: str) -> None:
+    """The same of any ranks; ``highest`` is the end of the scale."""
+    figure = rank_figure(arrange(ranks), highest, title)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=150, facecolor=_PAPER)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from scipy import stats
 
 
-def spearman(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+def spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:
     """Spearman's correlation over the matrices that both have, average ranks for ties; nan where one of the two has the
     same rank everywhere."""
     common = [name for name in one if name in other]

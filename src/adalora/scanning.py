@@ -1,0 +1,97 @@
+"""Where would parameters help? The singular values of the loss's gradient, matrix by matrix, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+
+from . import start
+from .methods import head_modules
+from .preparation import Prepared
+from .recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a look at the gradient says about ranks."""
+
+    model: str
+    train: str
+    rows: int
+    head_steps: int  # in which the new output layer was trained alone before
+    share: float  # of the square of all gradients, what the triplets hold
+    values: dict[str, list[float]]  # singular values of each matrix's gradient, init_r of them at most, falling
+    ranks: dict[str, int]  # if the budget went to the largest of them all
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Σσ of each matrix: what a first small step on its λ gains, up to the same factor for all."""
+        return {name: sum(values) for name, values in self.values.items()}
+
+
+def scan(prepared: Prepared, head_steps: int = 0) -> Scan:
+    """Look at the gradient on training batches of a run that is prepared with ``initialization: gradient``.
+
+    Args:
+        prepared: its model is not fit for training afterwards when ``head_steps`` are taken.
+        head_steps: first train the new output layer alone so long, at the recipe's learning rate.
+
+    Raises:
+        RecipeError: ``head_steps`` where there is no new output layer.
+        StateError: no batch has a loss, or a gradient is not finite.
+    """
+    if head_steps:
+        _train_head(prepared, head_steps)
+    seen = start(prepared.model, prepared.batches())
+    budget = prepared.budget
+    assert budget is not None  # of AdaLoRA there always is one
+    values = {name: list(seen["values"].get(name, ())) for name in prepared.initial_ranks}
+    return Scan(
+        model=prepared.recipe.model,
+        train=prepared.recipe.data.train,
+        rows=seen["rows"],
+        head_steps=head_steps,
+        share=seen["share"],
+        values=values,
+        ranks=largest(values, budget.target_budget),
+    )
+
+
+def largest(values: Mapping[str, list[float]], budget: int) -> dict[str, int]:
+    """How many of each matrix's values are among the ``budget`` largest of all."""
+    every = sorted(((value, name) for name, of in values.items() for value in of), key=lambda pair: -pair[0])
+    ranks = dict.fromkeys(values, 0)
+    for _, name in every[:budget]:
+        ranks[name] += 1
+    return ranks
+
+
+def _train_head(prepared: Prepared, steps: int) -> None:
+    model: Any = prepared.model
+    heads = head_modules(model.get_base_model())
+    trained = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and set(heads) & set(name.split("."))
+    ]
+    if not trained:
+        raise RecipeError(
+            f"--head-steps: {prepared.recipe.model} has no new output layer for {prepared.recipe.task}: leave it out"
+        )
+    optimizer = torch.optim.AdamW(trained, lr=prepared.recipe.training.learning_rate)
+    model.train()
+    for _, batch in zip(range(steps), _again_and_again(prepared), strict=False):
+        gradients = torch.autograd.grad(model(**batch).loss, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def _again_and_again(prepared: Prepared) -> Iterator[Mapping[str, torch.Tensor]]:
+    return chain.from_iterable(prepared.batches() for _ in repeat(None))
