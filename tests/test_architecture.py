@@ -34,6 +34,7 @@ WORKSHOPS = {
     "preparation",
     "reading",
     "reporters",
+    "scanning",
     "serving",
     "trainer",
     "training",

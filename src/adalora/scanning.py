@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
@@ -13,24 +12,7 @@ from . import start
 from .methods import head_modules
 from .preparation import Prepared
 from .recipe import RecipeError
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a look at the gradient says about ranks."""
-
-    model: str
-    train: str
-    rows: int
-    head_steps: int  # in which the new output layer was trained alone before
-    share: float  # of the square of all gradients, what the triplets hold
-    values: dict[str, list[float]]  # singular values of each matrix's gradient, init_r of them at most, falling
-    ranks: dict[str, int]  # if the budget went to the largest of them all
-
-    @property
-    def sums(self) -> dict[str, float]:
-        """Σσ of each matrix: what a first small step on its λ gains, up to the same factor for all."""
-        return {name: sum(values) for name, values in self.values.items()}
+from .report.scanned import Scan
 
 
 def scan(prepared: Prepared, head_steps: int = 0) -> Scan:

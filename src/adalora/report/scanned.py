@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -19,14 +20,29 @@ from .sections import Section
 from .similarity import moved, spearman
 from .terminal import rank_table
 
-if TYPE_CHECKING:
-    from ..scanning import Scan
-
 WORTH = (
     "The gradient before the first step says where a first step would gain most, not where training will want ranks in"
     " the end: across matrices its sizes follow depth and a new output layer more than need. Take it as a hint; what"
     " was measured is in decision 016."
 )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a look at the gradient says about ranks."""
+
+    model: str
+    train: str
+    rows: int
+    head_steps: int  # in which the new output layer was trained alone before
+    share: float  # of the square of all gradients, what the triplets hold
+    values: dict[str, list[float]]  # singular values of each matrix's gradient, init_r of them at most, falling
+    ranks: dict[str, int]  # if the budget went to the largest of them all
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Σσ of each matrix: what a first small step on its λ gains, up to the same factor for all."""
+        return {name: sum(values) for name, values in self.values.items()}
 
 
 def as_json(scan: Scan, run: Run | None) -> dict[str, Any]:
