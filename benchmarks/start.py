@@ -103,7 +103,7 @@ def measure(task: str, matrices: int | None, reference: int, rows_each: int) -> 
     layers = {name: layer for i, (name, layer) in enumerate(every.items()) if i % step == 0}
     sums, done = {}, 0
     running = {name: torch.zeros_like(layer.get_base_layer().weight) for name, layer in layers.items()}
-    for count in (4, 8, 16, reference):
+    for count in sorted({4, 8, 16, reference}):
         for name, g in dense(model, layers, batches[done:count]).items():
             running[name] += g
         done = count

@@ -104,11 +104,10 @@ def _train(prepared: Prepared, callbacks: Iterable[TrainerCallback]) -> dict[str
         "more_metrics": more_metrics,
         "evaluations": trainer.evaluations,
         "curve": trainer.curve,
-        "start_steps": prepared.adapted.start_steps(),
+        "start_steps": prepared.start["start_steps"] if prepared.start else 0.0,
         "log": trainer.state.log_history,
         "training_loss": trainer.training_loss,
         "steps": trainer.state.global_step,
-        "start_steps": prepared.start["start_steps"] if prepared.start else 0,
         "seconds": round(seconds_before + outcome.metrics["train_runtime"], 1),
         "memory": peak_memory(),
     }

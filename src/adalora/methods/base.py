@@ -55,9 +55,6 @@ class Adapted:
     """What will happen to the budget, in words."""
     header: Callable[[], dict[str, Any]] | None = None
     """What the trace of its budget begins with; None of a method that has no budget."""
-    start_steps: Callable[[], float] = field(default=float)
-    """What was spent before the first optimizer step, in steps' worth of passes forward and backward: 0 unless the
-    method looks at data first."""
     ranks: Callable[[], dict[str, int]] = field(default=dict)
     """Rank of each adapted matrix now, by the name of its module in the base model. Empty without ranks."""
     start: Start | None = None
