@@ -95,10 +95,11 @@ def test_a_run_that_starts_from_the_gradient(adalora: Run, tiny_run: list[object
     assert json.loads(Path("run/metrics.json").read_text())["start_steps"] == 8
     said = f"on 32 rows, of whose square the triplets hold {start['share']:.0%}"
     assert said in Path("run/report.html").read_text()
+    flags = [*flags, "--output", "another"]
     fixed = adalora("plan", *flags, "--method", "svd_lora")
     assert "P and Q start from the loss's gradient on 32 training rows" in " ".join(fixed.out.split())
     for method in ("lora_pruned", "peft_adalora"):
-        refused = adalora("plan", *flags[:-6], "--set", "adalora.initialization=gradient", "--method", method)
+        refused = adalora("plan", *flags, "--method", method)
         assert refused.code == 2 and f"adalora.initialization: the method {method} has no such choice" in refused.err
 
 
