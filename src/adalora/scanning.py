@@ -14,6 +14,8 @@ from .preparation import Prepared
 from .recipe import RecipeError
 from .report.scanned import Scan
 
+USUAL_RATE = 1e-3  # where the recipe leaves it to a search
+
 
 def scan(prepared: Prepared, head_steps: int = 0) -> Scan:
     """Look at the gradient on training batches of a run that is prepared with ``initialization: gradient``.
@@ -64,7 +66,8 @@ def _train_head(prepared: Prepared, steps: int) -> None:
         raise RecipeError(
             f"--head-steps: {prepared.recipe.model} has no new output layer for {prepared.recipe.task}: leave it out"
         )
-    optimizer = torch.optim.AdamW(trained, lr=prepared.recipe.training.learning_rate)
+    rate = prepared.recipe.training.learning_rate
+    optimizer = torch.optim.AdamW(trained, lr=USUAL_RATE if rate == "auto" else rate)
     model.train()
     for _, batch in zip(range(steps), _again_and_again(prepared), strict=False):
         gradients = torch.autograd.grad(model(**batch).loss, trained)

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be ca
 
 @over(STARTED, "the gradient start")
 def test_the_gradient_is_that_of_the_quantized_base(kind: str, tmp_path: Path) -> None:
-    """Seen by other means: G = Σ g xᵀ of inputs and gradients that ordinary hooks keep. The base stays bit for bit, also
-    of a model in evaluation mode, in which bitsandbytes would pack its weights anew and read them wrong backwards."""
+    """Seen by other means: G = Σ g xᵀ of inputs and gradients that ordinary hooks keep. The base stays as it is, of a
+    model in evaluation mode, too, in which bitsandbytes would pack weights anew and read them wrong backwards."""
     model = adapt(STARTED[kind](tmp_path), initialization="gradient", start_batches=2).train()
     base = {name: value for name, _, value in stored(model)}
     layers = dict(adapted_layers(model, "default"))

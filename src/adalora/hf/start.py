@@ -305,7 +305,7 @@ def _standing_still(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, module, "training", module.training)
             # what recomputes its activations does so in training mode alone
             keeps = module.training and bool(vars(module).get("gradient_checkpointing", False))
-            # bitsandbytes packs 4-bit weights anew in evaluation mode, on some processors, and then no gradient is right
+            # on some processors bitsandbytes packs weights anew in evaluation mode, and no gradient is right then
             module.training = keeps or type(module).__module__.startswith("bitsandbytes")
             for place in (module, getattr(module, "config", None)) if keeps else ():
                 for key in [key for key, rate in vars(place or nn).items() if "drop" in key and type(rate) is float]:
