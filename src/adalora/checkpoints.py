@@ -26,7 +26,7 @@ class Progress(NamedTuple):
     seconds: float  # of training, in all its parts
     processes: int  # that trained it
     loss_logged: float  # sum of the training losses of all steps up to the last log line
-    loss_since: float  # and of those after it
+    loss_since: list[float]  # and of those after it, in each process
     step_logged: int
 
 

@@ -102,7 +102,7 @@ class SteadyTrainer(Trainer):
         if self._before is None:
             return
         self._total_loss_scalar = self._before.loss_logged
-        self._tr_loss += self._before.loss_since
+        self._tr_loss += self._before.loss_since[self.args.process_index]
         self._globalstep_last_logged = self._before.step_logged
         ends_epoch = self.args.eval_strategy == "epoch" and self.state.epoch == int(self.state.epoch or 0)
         if ends_epoch and (not self.evaluations or self.evaluations[-1]["step"] != self.state.global_step):
@@ -110,7 +110,7 @@ class SteadyTrainer(Trainer):
 
     def mark_complete(self, checkpoint: Path, seconds: float) -> None:
         """The last callback: whatever a checkpoint should hold is in it when all processes are here."""
-        since = self.accelerator.gather(self._tr_loss).mean().item()
+        since = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         processes.wait()
         if not self.state.is_world_process_zero:
             return

@@ -141,7 +141,10 @@ def kill_and_resume(arguments: list[str], folder: Path, kills: int) -> list[str]
                 faults.append(f"{said}: {log.read_text()[-2000:]}")
             elif content(run) != expected:
                 differ = [key for key, value in content(run).items() if value != expected[key]]
-                faults.append(f"{said}: other {', '.join(differ)}")
+                metrics = [
+                    key for key, value in content(run)["metrics"].items() if value != expected["metrics"].get(key)
+                ]
+                faults.append(f"{said}: other {', '.join(differ)}; of the metrics {', '.join(metrics)}")
             else:
                 print(f"{said}, equal", flush=True)
     return faults
