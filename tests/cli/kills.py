@@ -153,4 +153,4 @@ def kill_and_resume(arguments: list[str], folder: Path, kills: int) -> list[str]
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         found = kill_and_resume(["train", *sys.argv[2:]], Path(place), int(sys.argv[1]))
-    sys.exit("\n".join(found))
+    sys.exit("\n".join(found) or 0)
