@@ -41,9 +41,10 @@ def read(recipe: Recipe) -> Material:
     if data.max_length is None:
         data.max_length = min(tasks.get(recipe.task).max_length, longest(recipe.model, tokenizer))
     task = task_of(recipe)
-    train_rows = sample(_training_rows(recipe, task), data.max_train_rows)
+    divided = _divided(recipe, task) if data.holdout is not None else None  # once: it looks at every row
+    train_rows = sample(divided.train if divided else _training_rows(recipe, task), data.max_train_rows)
     task = task.fit(train_rows)
-    eval_rows = read_evaluation_rows(recipe, task)
+    eval_rows = sample(divided.held_out, data.max_eval_rows) if divided else read_evaluation_rows(recipe, task)
     baseline = task.baseline(eval_rows)
     more_rows = {split: read_evaluation_rows(recipe, task, split=split) for split in data.more_eval_splits}
     data.label_names = task.label_names
@@ -104,10 +105,8 @@ def read_evaluation_rows(recipe: Recipe, task: Task, source: str | None = None, 
 
 
 def _training_rows(recipe: Recipe, task: Task) -> Dataset:
-    """All rows to train on. They are all checked, so that a fault is in the row that it names."""
+    """All rows of a source of their own to train on, checked, so that a fault is in the row that it names."""
     data = recipe.data
-    if data.holdout is not None:
-        return _divided(recipe, task).train
     if data.eval is None and not has_splits(data.train):
         raise DataError(
             f"{data.train} holds no splits: hold some of its rows out, data.holdout (--holdout 0.1), or give the "

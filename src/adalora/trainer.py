@@ -23,7 +23,7 @@ from . import processes
 from .checkpoints import Progress, write_manifest
 from .core.errors import AdaLoraError
 from .data import DataError
-from .tasks import Task
+from .tasks import Answer, Task, TellsLoss
 from .tasks.base import batches_by_length, device_of
 from .tasks.generation import IGNORED
 
@@ -67,6 +67,7 @@ class SteadyTrainer(Trainer):
         self._trace, self._before = trace, before
         self._previous_loss: torch.Tensor | None = None
         self._task, self._tokenizer, self._rows = task, tokenizer, rows
+        self._last: list[Answer] | None = None  # to all held-out rows, at the end
         some = rows_on_the_way is not None and rows_on_the_way < len(rows)
         self._on_the_way = sorted(Random(0).sample(range(len(rows)), rows_on_the_way or 0)) if some else None
         self._lengths = [len(tokens) for tokens in train_dataset["input_ids"]] if group_by_length else None
@@ -132,6 +133,7 @@ class SteadyTrainer(Trainer):
             answers = self._task.predict(model, self._tokenizer, rows, self.args.eval_batch_size)
         metrics = {f"eval_{name}": value for name, value in self._task.metrics(answers, rows).items()}
         self.log(metrics)
+        self._last = answers if last else None
         if few is not None and last:  # what the evaluations before can be compared with
             same = self._task.metrics([answers[index] for index in few], rows.select(few))
             self.log({f"curve_{name}": value for name, value in same.items()})
@@ -147,6 +149,8 @@ class SteadyTrainer(Trainer):
     def held_out_loss(self, rows: Dataset) -> float | None:
         """Mean of the model's own loss over ``rows``, or over the tokens that they have labels for, without what a
         method adds to it. None where the rows have no loss: no token of an answer is read of any, say."""
+        if isinstance(self._task, TellsLoss) and self._last is not None and rows is self._rows:
+            return self._task.loss(self._last, rows)
         assert self.model is not None
         collate: Any = self._task.collator(self._tokenizer, self.model)
         with warnings.catch_warnings():

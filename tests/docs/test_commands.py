@@ -155,6 +155,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "facebook/bart-large": saved("bart", "bart", bart),
         "demo:rotten_tomatoes": str(folder / "reviews"),
         "report: [1, 2, 3, 4, 5]": "report: [1]",
+        "choose: [11, 12]": "choose: 11",
+        "extend: 2 ": "extend: 0 ",
     }
 
 

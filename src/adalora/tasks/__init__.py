@@ -5,7 +5,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import Answer, Columns, ModelKind, Options, Setup, Signed, StartsOutput, Stratified, Task, get, names
+from .base import (
+    Answer,
+    Columns,
+    ModelKind,
+    Options,
+    Setup,
+    Signed,
+    StartsOutput,
+    Stratified,
+    Task,
+    TellsLoss,
+    get,
+    names,
+)
 
 __all__ = [
     "Answer",
@@ -17,6 +30,7 @@ __all__ = [
     "StartsOutput",
     "Stratified",
     "Task",
+    "TellsLoss",
     "get",
     "names",
 ]

@@ -146,6 +146,15 @@ class Stratified(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsLoss(Protocol):
+    """A task whose answers say what the model's loss was, so that it need not be run again for it."""
+
+    def loss(self, answers: Sequence[Answer], rows: Dataset) -> float:
+        """Mean of the model's loss on ``rows``."""
+        ...
+
+
 _REGISTRY: dict[str, type[Task]] = {}
 _T = TypeVar("_T")
 

@@ -79,6 +79,12 @@ class Classification(WholeText):
         index = self._index
         return self.scores(np.array([index[answer["label"]] for answer in answers]), np.array(self.targets(rows)))
 
+    def loss(self, answers: Sequence[Answer], rows: Dataset) -> float:
+        """Cross-entropy: of the probability that each row's class was given."""
+        names = (self._names[target] for target in self.targets(rows))
+        given = np.array([answer["scores"][name] for answer, name in zip(answers, names, strict=True)])
+        return float(-np.log(np.maximum(given, np.finfo(np.float32).tiny)).mean())
+
     def scores(self, predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Metrics of predicted classes, [rows], by index."""
         return {

@@ -70,6 +70,10 @@ class Regression(WholeText):
         """Metrics of the one output. A correlation with a constant is not defined."""
         return _metrics(np.array([answer["value"] for answer in answers]), np.array(self.targets(rows)))
 
+    def loss(self, answers: Sequence[Answer], rows: Dataset) -> float:
+        """The squared error."""
+        return float(np.mean((np.array([answer["value"] for answer in answers]) - self.targets(rows)) ** 2))
+
     def baseline(self, rows: Dataset) -> tuple[str, dict[str, float]]:
         """Always answering the mean."""
         targets = np.array(self.targets(rows))
