@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from adalora import methods
-from adalora.preparation import prepare, task_of
+from adalora.preparation import prepare
 from adalora.pretrained import load_model
+from adalora.reading import task_of
 from adalora.recipe import validate
 from adalora.runs import RunFolder
 

@@ -279,8 +279,10 @@ def test_state_dict_round_trip_through_peft(tmp_path: Path) -> None:
 
 
 def test_weights_loaded_without_their_training_state_warn() -> None:
-    model = adalora.get_peft_model(bert(), config_for("bert"))
-    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    model, trained = (adalora.get_peft_model(bert(), config_for("bert")) for _ in range(2))
+    for _ in train(trained, "SEQ_CLS", 2, adamw(trained)):
+        pass
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(trained))
     with pytest.warns(UserWarning, match="without their training state"):
         for _ in train(model, "SEQ_CLS", 2, adamw(model)):
             pass

@@ -122,10 +122,10 @@ def train(model: nn.Module, optimizer: Optimizer, *, with_closure: bool, steps: 
     return losses
 
 
-def assert_budget_reached(model: nn.Module, target: int = 2) -> None:
+def assert_budget_reached(model: nn.Module, target: int = 2, first: int = 3) -> None:
     allocator, ranks = adalora.allocator(model), adalora.ranks(model)
     assert allocator.frozen and allocator.step == STEPS
-    assert [allocation.step for allocation in allocator.trace] == [3, 4, 5, 6, 7, 8]
+    assert [allocation.step for allocation in allocator.trace] == list(range(first, 9))
     assert allocator.live == sum(ranks.values()) == target * MATRICES == target * len(ranks)
     assert all(0 <= rank <= 4 for rank in ranks.values())
     assert sum(int(t.lam.count_nonzero()) for t in allocator.triplets) == target * MATRICES, (
@@ -159,7 +159,8 @@ def test_reaches_its_budget_and_saves_it(what: str, name: str, tmp_path: Path) -
     optimizer = OPTIMIZERS[what][name](trained(model))
     losses = train(model, optimizer, with_closure=name.endswith("closure"))
     assert losses[-1] < losses[0]
-    assert_budget_reached(model)
+    # its first five steps are of length 0: there is nothing to rank before λ has moved
+    assert_budget_reached(model, first=6 if name == "RAdamScheduleFree" else 3)
     assert_saved_is_in_memory(model, same_base(), tmp_path)
 
 
