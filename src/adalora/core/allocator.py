@@ -11,6 +11,7 @@ grow with the number of matrices, and nothing waits for the device except when a
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .copies import Origin
 from .errors import ConfigError, ScheduleError, StateError
 from .orthogonality import penalty
 from .policy import POLICIES
@@ -91,6 +93,8 @@ class Allocator:
         self._lam_before_mask: Tensor | None = None
         self._last_scores: Tensor | None = None  # that the final phase began with
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # that stepped last
+        self.origin = Origin()
+        self._remember()
         self._lay_out()
         self.mask = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.triplets[0].lam.device)
         self._check_budget()
@@ -103,6 +107,12 @@ class Allocator:
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled models allocate, too
         self.__dict__.update(state)
         _enlist(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Allocator:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.origin = Origin(self)
+        return twin
 
     # ---------------------------------------------------------------- what a caller may ask
 
@@ -158,6 +168,11 @@ class Allocator:
         """Triplets kept by the last allocation, all matrices under the budget together."""
         self._refresh()
         return sum(self._members.of(self._counts(self.mask.tolist())))
+
+    @property
+    def final_masks(self) -> list[Tensor] | None:
+        """Of each matrix, which triplets the budget has left for good; None before, and after weights were loaded."""
+        return split(self.mask, self._stacks.sizes) if self.frozen and self._lam_before_load is None else None
 
     @property
     def untrained(self) -> bool:
@@ -373,6 +388,7 @@ class Allocator:
             self._last_scores = self._last_scores[self.mask]
         places = torch.tensor([i for size in self.sizes for i in range(size)], device=self.mask.device)
         kept = torch.split(places[self.mask], self._counts(self.mask.tolist()))
+        self.origin.sliced = self.sizes, [*kept]
         for triplets, index in zip(self.triplets, kept, strict=True):
             triplets.keep(index, optimizers)
         self._lay_out()
@@ -415,6 +431,7 @@ class Allocator:
             self.schedule = Schedule(**state["schedule"])
         self.trace = [allocation for allocation in self.trace if allocation.step <= self.step]
         self._lam_before_mask = None
+        self._remember()
         self._lay_out()
         self._lam_before_load, self._in_doubt = None, False
         self.mask = torch.cat([tensors[f"{t.name}/mask"] for t in self.triplets]).to(self._stacks.device)
@@ -428,6 +445,7 @@ class Allocator:
         """Begin the schedule anew with the present weights, for a second training of the same model."""
         self.step, self.schedule, self._last_scores = 0, None, None
         self.open_step = OpenStep()
+        self._remember()
         self.initial_ranks = self.sizes
         self.frozen = self._settled = self.initial_budget <= self.target_budget
         self._lay_out()
@@ -462,6 +480,10 @@ class Allocator:
             self.mask = self.mask.to(self._stacks.device)
             self._last_scores = None if self._last_scores is None else self._last_scores.to(self._stacks.device)
             self._scoring.restore(averages)
+
+    def _remember(self) -> None:
+        for t in self.triplets:
+            t.remember()
 
     def _plan_if_told(self) -> None:
         """Lay out the schedule if the settings alone say how; epochs wait for a plan that knows their length."""

@@ -59,6 +59,7 @@ class SingularProjection(nn.Module):
         self.allocator: Any = None  # whose budget the triplets are under, if any
         # of a fused layer: the type that it computes in -> Λ Q and P
         self.fused: Callable[[torch.dtype], tuple[Tensor, Tensor]] | None = None
+        self.known: list[Tensor] | None = None  # of P, λ and Q, something from when they were made or loaded
 
     @property
     def weight(self) -> Tensor:
@@ -201,6 +202,30 @@ class Triplets:
                 parameter.copy_(like(parameter, value))
             else:
                 _replace(parameter, value.clone(memory_format=torch.contiguous_format), None)
+
+    def remember(self) -> None:
+        """P, Λ, Q are what they were made or loaded as: keeps λ and one entry of each vector; of shards, nothing."""
+        self.right.known = None if self.is_sharded or self.lam.is_meta else [part.clone() for part in self._looked_at]
+
+    @property
+    def have_moved(self) -> bool:
+        """Whether λ and the vectors are others than what was remembered, as after training. (λ alone may have been
+        written by hand; a cast to a narrower type and back moves nothing.)"""
+        if self.right.known is None or self.lam.is_meta:
+            return False
+        pairs = [
+            (now.float(), was.to(now.device).float())
+            for now, was in zip(self._looked_at, self.right.known, strict=True)
+        ]
+        if any(now.shape != was.shape for now, was in pairs):
+            return False
+        p, lam, q = (not torch.allclose(now, was, rtol=2**-7, atol=1e-7) for now, was in pairs)
+        return lam and (p or q)
+
+    @property
+    def _looked_at(self) -> Factors:
+        p, lam, q = (part.detach() for part in self.factors)
+        return Factors(p[0], lam, q[:, 0])
 
     @property
     def is_sharded(self) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core.allocator import Allocator
+from ..core.copies import masks_to_save, warn_of_unseen_training
 from ..core.errors import ConfigError, StateError
 from ..core.sharded import meet, whole
 from .config import AdaLoraConfig
@@ -213,6 +214,7 @@ def save_state(model: nn.Module, directory: str | os.PathLike[str], adapter_name
     ours = allocator(model, adapter_name)
     if ours.is_sharded:
         meet("save_state")
+    warn_of_unseen_training(ours)
     state = ours.state_dict()
     if ours.is_sharded and torch.distributed.get_rank() != 0:
         return Path(directory) / STATE_NAME
@@ -280,8 +282,10 @@ def _scores(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Ten
     if not bool(scores.any()):
         return {}
     found = {}
-    for triplets, of_all in zip(ours.triplets, torch.split(scores, ours.sizes), strict=True):
+    masks = masks_to_save(ours)
+    for triplets, of_all, mask in zip(ours.triplets, torch.split(scores, ours.sizes), masks, strict=True):
         lam = whole(triplets.lam)
+        lam = lam if mask is None else lam * mask
         keys = (f"{PREFIX}{triplets.name}.lora_A.weight", f"{PREFIX}{triplets.name}.lora_embedding_A")
         pair = next((tensors[key] for key in keys if key in tensors), None)
         if pair is not None:

@@ -1,4 +1,4 @@
-"""Six methods of ``LoraModel``, and the loading of EVA's vectors, are taught about :class:`AdaLoraConfig`.
+"""Methods of ``LoraModel``, and what loads EVA's vectors and makes LoRA+'s groups, know :class:`AdaLoraConfig`.
 
 For any other configuration they do what they did (docs/decisions/001 says why these):
 
@@ -9,6 +9,7 @@ For any other configuration they do what they did (docs/decisions/001 says why t
 - ``add_weighted_adapter``: says that it needs exported adapters, and what to do when their ranks do not fit;
 - ``merge_adapter``, ``merge_and_unload``: warn where the base weight is another module's too;
 - ``hotswap_adapter``: says that it needs an exported adapter;
+- ``create_loraplus_optimizer``: all factors of an embedding are in its group;
 
 and they gain ``update_and_allocate(step)``, for loops written for PEFT's AdaLoRA.
 """
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from peft.optimizers import loraplus
 from peft.tuners.lora import LoraLayer, LoraModel, eva
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -28,9 +30,11 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
+from .averages import install_averages
 from .config import AdaLoraConfig
 from .injected import check_injected, linear_module_suffixes, not_adapted_after_all
 from .layers import (
+    EmbeddingRight,
     adapted_layers,
     adapted_model,
     adapter_names,
@@ -217,3 +221,6 @@ def install() -> None:
     MixedModel.update_and_allocate = update_and_allocate  # type: ignore[attr-defined]
     eva._load_eva_state_dict = _load_eva_state_dict
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+    plus: Any = loraplus  # it asks what holds a parameter, isinstance(module, Embedding)
+    plus.Embedding = (plus.Embedding, EmbeddingRight)
+    install_averages()

@@ -268,6 +268,7 @@ def _upgrade_layer(
     known: Any = layer._load_state_dict_pre_hooks.values()
     if _resize_to_state_dict not in [hook.hook for hook in known]:
         layer.register_load_state_dict_pre_hook(_resize_to_state_dict)  # type: ignore[no-untyped-call]
+        layer.register_load_state_dict_post_hook(_remember_what_was_loaded)  # type: ignore[no-untyped-call]
     return triplets
 
 
@@ -315,8 +316,17 @@ def _resize_to_state_dict(layer: nn.Module, state_dict: dict[str, Tensor], prefi
             triplets = triplets_of(layer, adapter_name)
             if (factors.p.shape[0], factors.q.shape[1:]) == (triplets.p.shape[0], triplets.q.shape[1:]):
                 triplets.right.allocator.weights_replaced()
+                triplets.right.known = None
                 if len(factors.lam) != triplets.rank and not triplets.is_sharded:
                     triplets.assign(factors)
+
+
+def _remember_what_was_loaded(layer: nn.Module, *_: Any) -> None:
+    assert isinstance(layer, LoraLayer)
+    for adapter_name in (*layer.lora_A, *layer.lora_embedding_A):
+        right = _singular(layer, adapter_name)
+        if right is not None and right.known is None:
+            triplets_of(layer, adapter_name).remember()
 
 
 def padded(loaded: Factors, live: Factors) -> Factors:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
+from ..core.copies import masks_to_save, warn_of_masked, warn_of_unseen_training
 from ..core.errors import StateError
 from ..core.sharded import whole
 from ..core.triplets import TRIPLET_DIMS, Factors, Triplets, from_rows, to_product
@@ -69,13 +70,35 @@ def _ranks(
     """What is saved of each (name, layer, λ): which triplets, int64 [k], by the layer's name, and its rank by the name
     that it is saved under."""
     untrained = not any(not lam.is_meta and bool(lam.any()) for _, _, lam in layers)
+    masks = _masks(layers, adapter_name)
     live: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, layer, lam in layers:
-        live[name] = torch.arange(len(lam), device=lam.device) if untrained else lam.nonzero().flatten()
+    for (name, layer, lam), mask in zip(layers, masks, strict=True):
+        kept = lam if mask is None else lam * mask.to(lam.device)
+        live[name] = torch.arange(len(lam), device=lam.device) if untrained else kept.nonzero().flatten()
         at_least = int(_must_be_saved(layer, adapter_name, config))
         ranks[rank_owner(_alone(name))] = max(len(live[name]), at_least, ranks.get(rank_owner(_alone(name)), 0))
     return live, ranks
+
+
+def _masks(layers: Sequence[tuple[str, LoraLayer, Tensor]], adapter_name: str) -> list[Tensor | None]:
+    """Of each layer, which triplets may be saved; None for all. What went past the allocator is told of."""
+    rights = [projection(layer, adapter_name) for _, layer, _ in layers]
+    allocators = {id(right.allocator): right.allocator for right in rights}
+    known: dict[int, Tensor | None] = {}
+    for ours in allocators.values():
+        warn_of_unseen_training(ours)
+        masks = masks_to_save(ours)
+        known.update((id(t.right), mask) for t, mask in zip(ours.triplets, masks, strict=True))
+    found = [
+        mask if (mask := known[id(right)]) is not None and mask.shape == lam.shape and not lam.is_meta else None
+        for right, (_, _, lam) in zip(rights, layers, strict=True)
+    ]
+    pairs = [(lam, mask) for mask, (_, _, lam) in zip(found, layers, strict=True) if mask is not None]
+    lost = sum(int((lam[~mask.to(lam.device)] != 0).sum()) for lam, mask in pairs)
+    for ours in allocators.values():
+        warn_of_masked(ours, lost)
+    return found
 
 
 class LiveRanks:
