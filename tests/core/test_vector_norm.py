@@ -74,7 +74,7 @@ def test_a_start_has_vectors_of_that_length() -> None:
     assert penalty([t], vector_norm=C).item() < 1e-10
 
 
-@pytest.mark.parametrize("length", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("length", [0.0, -1.0, float("inf"), float("nan"), "long", None, True])
 def test_no_length_is_an_error(length: float) -> None:
     with pytest.raises(ConfigError, match="vector_norm"):
         Settings(target_rank=1, vector_norm=length)

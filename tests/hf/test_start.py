@@ -542,6 +542,8 @@ def test_numbers_that_cannot_be_meant() -> None:
         adalora.start(model, rows, sweeps=0)
     with pytest.raises(StateError, match="no batches"):
         adalora.start(model, [])
+    with pytest.raises(StateError, match="batches is a int"):
+        adalora.start(model, 5)
 
 
 def test_within_no_grad_it_looks_all_the_same() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from .errors import ConfigError
@@ -60,13 +61,13 @@ class Settings:
             ("orthogonality", self.orthogonality, KINDS),
             ("sensitivity_at", self.sensitivity_at, ("before_step", "after_step")),
         ):
-            if value not in known:
+            if value not in list(known):  # a list, too, may have been given
                 raise ConfigError(f"{name}={value!r} is not known; choose one of {sorted(known)}.")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= beta < 1:
-                raise ConfigError(f"{name}={beta} must be at least 0 and below 1; the paper uses 0.85.")
-        if not 0 <= self.orthogonality_weight < float("inf"):
-            raise ConfigError(f"orth_reg_weight={self.orthogonality_weight} must be a number, 0 or above.")
+            if not (_is_number(beta) and 0 <= beta < 1):
+                raise ConfigError(f"{name}={beta!r} must be a number, at least 0 and below 1; the paper uses 0.85.")
+        if not (_is_number(self.orthogonality_weight) and 0 <= self.orthogonality_weight < float("inf")):
+            raise ConfigError(f"orth_reg_weight={self.orthogonality_weight!r} must be a number, 0 or above.")
         if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
             raise ConfigError(f"budget={self.budget!r} must be a whole number of {self.budget_unit}, at least 1.")
         if (self.budget is None) == (self.target_rank is None):
@@ -76,8 +77,8 @@ class Settings:
             )
         if self.target_rank is not None:
             check_rank("target_r", self.target_rank)
-        if not 0 < self.vector_norm < float("inf"):
-            raise ConfigError(f"vector_norm={self.vector_norm} must be a positive number.")
+        if not (_is_number(self.vector_norm) and 0 < self.vector_norm < float("inf")):
+            raise ConfigError(f"vector_norm={self.vector_norm!r} must be a positive number.")
         if self.total_step is not None and (type(self.total_step) is not int or self.total_step < 1):
             raise ConfigError(f"total_step={self.total_step!r} must be the number of optimizer steps, at least 1.")
         for name, span in (("tinit", self.t_init), ("tfinal", self.t_final), ("deltaT", self.delta_t)):
@@ -161,6 +162,10 @@ class Settings:
             curve=self.curve,
             unit=self.budget_unit,
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_rank(name: str, rank: object) -> None:

@@ -156,11 +156,15 @@ def start(
     layers = dict(adapted_layers(model, name))
     if all(name not in layer.active_adapters for layer in layers.values()):
         raise StateError(f"the adapter {name!r} is not active: model.set_adapter({name!r}) before adalora.start.")
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise StateError(f"batches is a {type(batches).__name__}, not a data loader or a list of batches.")
     parameters = list(model.parameters())
     with _random_states(parameters), _order_kept(batches):
         chosen = list(islice(batches, number))
     if not chosen:
-        raise StateError("adalora.start was given no batches.")
+        raise StateError(
+            "adalora.start was given no batches: give those of the training, and not a generator that has been used up."
+        )
     members = dict(zip(layers, ours.triplets, strict=True))
     ranks = {full: t.rank for full, t in members.items()}
     seen = look_at_gradient(model, layers, name, ranks, chosen, loss, config.start_sweeps if sweeps is None else sweeps)
