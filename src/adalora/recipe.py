@@ -422,7 +422,8 @@ def _explain(detail: ErrorDetails, kind: type[BaseModel], prefix: str) -> str:
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if detail["type"] == "model_type":
         message = "should be a section with keys of its own"
-    given = "" if "(given" in message else f" (given: {_short(detail['input'])})"
+    whole_section = detail["type"] == "value_error" and isinstance(detail["input"], Mapping)
+    given = "" if "(given" in message or whole_section else f" (given: {_short(detail['input'])})"
     return f"{where}: {message}{given}" if where else message + given
 
 
