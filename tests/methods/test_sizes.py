@@ -104,6 +104,9 @@ def test_a_budget_is_a_number_or_a_rank_on_the_methods_own_matrices() -> None:
     model = tiny_bert()
     assert parse_budget(5000, model, recipe_for("lora")) == 5000
     assert parse_budget("rank 3", model, recipe_for("lora")) == 3 * 12 * 64
+    for more in (99_999_999_999, "rank 99999"):
+        with pytest.raises(RecipeError, match="more than the"):
+            parse_budget(more, model, recipe_for("lora"))
     queries = {"target_modules": ["query"]}
     assert parse_budget("rank 3", model, recipe_for("lora", lora=queries)) == 3 * 2 * 64
     assert parse_budget("rank 3", model, recipe_for("adalora", adalora=queries)) == 3 * 2 * 64

@@ -28,8 +28,19 @@ def parse_budget(budget: int | str, model: PreTrainedModel, recipe: Recipe) -> i
     ``rank 0.25``: a quarter of what it has at rank 1, rounded down.
 
     Raises:
-        RecipeError: neither a number of parameters nor a rank, or target modules that match nothing.
+        RecipeError: neither a number of parameters nor a rank, more than the model has, or target modules that match
+            nothing.
     """
+    parameters, whole = _parse_budget(budget, model, recipe), sum(weight.numel() for weight in model.parameters())
+    if parameters > whole:  # before layers of such a rank take all memory
+        raise RecipeError(
+            f"budget: {budget} is {parameters:,} parameters, more than the {whole:,} of {recipe.model} itself: allow"
+            " fewer, or use the method full"
+        )
+    return parameters
+
+
+def _parse_budget(budget: int | str, model: PreTrainedModel, recipe: Recipe) -> int:
     if isinstance(budget, int) and budget >= 1:
         return budget
     rank = re.fullmatch(r"rank\s+(?=.*[1-9])(\d+(?:\.\d+)?|\.\d+)", str(budget).strip())
