@@ -211,6 +211,7 @@ def test_hostile_names_are_text(page_of_a_hostile_run: Opened) -> None:
     assert ALERT in page.locator('[data-figure="metrics"] .legendtext').first.text_content()
     figure = opened.draw("scores")
     figure.locator("summary").click()
+    figure.locator("details table").wait_for()
     assert figure.locator("details tbody tr").count() == 96 and figure.locator("details script").count() == 0
     page.locator('[data-figure="scores"] .plot').hover(position={"x": 120, "y": 60})
     rows = list(csv.reader(io.StringIO(opened.download(page.locator(".sheet", has_text="label_names"), "csv"))))
