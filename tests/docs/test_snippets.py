@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -68,6 +69,12 @@ def metrics() -> Iterator[None]:
 
 def test_there_are_snippets_on_many_pages() -> None:
     assert len({block.page for block in PYTHON}) >= 12 and {block.page for block in BLOCKS} <= set(PAGES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accumulation() -> None:
+    """Accelerate keeps what it knows of data loaders for the whole process, also of a training that an error ended."""
+    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
