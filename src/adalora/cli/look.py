@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..quiet import quieten
-from .options import AsJson, Picture
+from .options import AsJson, Page, Picture
 
 
 def inspect(
@@ -46,10 +46,7 @@ def inspect(
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of two runs or more.")],
     picture: Picture = None,
-    page: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Save a page, for any browser.", show_default=False),
-    ] = None,
+    page: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Set runs side by side.

@@ -12,7 +12,7 @@ import typer
 from .. import processes
 from ..quiet import quieten
 from .asked import Asked, takes_recipe
-from .options import AsJson, Picture
+from .options import AsJson, Page, Picture
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,10 +117,7 @@ def scan(
         int, typer.Option(min=0, metavar="N", help="First train a new output layer alone, N steps.")
     ] = 0,
     picture: Picture = None,
-    page: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Save a page, for any browser.", show_default=False),
-    ] = None,
+    page: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where parameters would help, before training: a rank map by the gradient.
